@@ -1,0 +1,107 @@
+//! `serve`: the server.
+
+use std::sync::Arc;
+
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+
+use super::{Settings, model};
+use crate::{
+    config::Config,
+    server::{self, App, telemetry},
+};
+
+/// Options of `serve`.
+#[derive(Debug, Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+pub(super) async fn run(options: Options) -> Result<(), String> {
+    let config = options.settings.load()?;
+    let telemetry = telemetry::start(&config.log)?;
+    let served = serve(config).await;
+    // Sending the last spans blocks.
+    let _ = tokio::task::spawn_blocking(move || telemetry.stop()).await;
+    served
+}
+
+async fn serve(config: Config) -> Result<(), String> {
+    let stop = signals()?;
+    // The port first: if it is taken, nobody should wait for a model to learn that.
+    let listener = server::bind(config.server.listen).await?;
+    let address = listener.local_addr().map_err(|e| e.to_string())?;
+    let key = if config.keys.is_empty() {
+        Some(server::new_key()?)
+    } else {
+        None
+    };
+    let app = App::new(config.clone(), key.as_deref());
+
+    // While the model loads, /health/live answers and everything else says that it is loading.
+    let failed = CancellationToken::new();
+    let until = {
+        let (stop, failed) = (stop.clone(), failed.clone());
+        async move {
+            tokio::select! { () = stop.cancelled() => {}, () = failed.cancelled() => {} }
+        }
+    };
+    let server = tokio::spawn(server::serve(app.clone(), listener, until));
+    let loaded = tokio::select! {
+        loaded = model::load(&config.model) => loaded,
+        () = stop.cancelled() => Err(String::new()),
+    };
+    match loaded {
+        Ok(electron) => {
+            app.serve_model(Arc::new(electron));
+            announce(&config, address, key.as_deref());
+        }
+        Err(why) => {
+            failed.cancel();
+            let _ = server.await;
+            // Stopped while it was loading: no fault.
+            return if why.is_empty() { Ok(()) } else { Err(why) };
+        }
+    }
+    match server.await {
+        Ok(served) => served.map_err(|e| format!("{address}: {e}")),
+        Err(e) => Err(format!("the server ended unexpectedly: {e}")),
+    }
+}
+
+/// A token that is cancelled on SIGTERM and SIGINT. A second signal ends the process at once.
+fn signals() -> Result<CancellationToken, String> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = CancellationToken::new();
+    let told = stop.clone();
+    let listen = |kind| signal(kind).map_err(|e| format!("signals cannot be received: {e}"));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        for again in [false, true] {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            if again {
+                std::process::exit(130);
+            }
+            tracing::info!("stopping; once more to stop at once");
+            told.cancel();
+        }
+    });
+    Ok(stop)
+}
+
+/// Tells what to type next.
+fn announce(config: &Config, address: std::net::SocketAddr, key: Option<&str>) {
+    let shown = key.unwrap_or("$ELECTRON_API_KEY");
+    let name = &config.model.name;
+    println!("\nServing {name} ({}) on http://{address}", config.model.source);
+    if key.is_some() {
+        println!("The key of this run is {shown}; for keys that last: electron-gateway key create NAME");
+    }
+    println!(
+        "\nTry it:\n\n  curl http://{address}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\\n    \
+         -H 'Content-Type: application/json' \\\n    \
+         -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Say hello.\"}}],\"max_tokens\":40}}'\n\n  \
+         electron-gateway chat --url http://{address} --key {shown}\n"
+    );
+}

@@ -1,0 +1,522 @@
+//! Every setting: its default, its unit, its check.
+//!
+//! Settings come from a TOML file, then the environment (`ELECTRON_SERVER_LISTEN` for `server.listen`), then flags; the
+//! later wins. A wrong value is refused with its name, its value and what is allowed; an unknown name with the nearest
+//! known one.
+
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::Path, time::Duration};
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::turn::FillerPolicy;
+
+/// All settings.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// How the server listens and what it accepts.
+    pub server: Server,
+    /// Which model is served and how it runs.
+    pub model: Model,
+    /// How the model speaks and calls.
+    pub electron: Electron,
+    /// What is logged.
+    pub log: Log,
+    /// Keys that may use the server. Without any, the server listens on loopback only and makes one key at each start.
+    pub keys: Vec<Key>,
+}
+
+/// How the server listens and what it accepts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Address and port. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Largest body of a request.
+    pub max_body: ByteSize,
+    /// Longest that a request may take, its whole answer included.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+    /// Longest that reading a request's head or body may take.
+    #[serde(with = "humantime_serde")]
+    pub read_timeout: Duration,
+    /// How long running answers may go on after the server was told to stop.
+    #[serde(with = "humantime_serde")]
+    pub shutdown_grace: Duration,
+    /// Origins whose pages may call the server from a browser; `*` is any.
+    pub cors_origins: Vec<String>,
+    /// Most connections at once.
+    pub max_connections: usize,
+}
+
+/// Which model is served and how it runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// The name under which clients ask for it.
+    pub name: String,
+    /// `smollm2`, a GGUF file, a folder with safetensors, or a Hugging Face id.
+    pub source: String,
+    /// In what form the weights are kept: `auto`, `f32`, `q8_0` or `as-is`.
+    pub weights: Weights,
+    /// Most tokens of prompt and answer together; 0 leaves it to the model.
+    pub context: usize,
+    /// Turns that run at once. More than one lowers the total speed of a CPU.
+    pub slots: usize,
+    /// Turns that may wait for a slot.
+    pub queue: usize,
+    /// Memory for the keys and values of conversations that may go on.
+    pub prefix_cache: ByteSize,
+    /// Tokens that a warm-up computes before it lets a caller go first.
+    pub warm_up_step: usize,
+}
+
+/// In what form a model's weights are kept in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Weights {
+    /// What is best for the size of the model and the device.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// 32-bit floats: the lowest time to first token on a CPU, four bytes a parameter.
+    #[serde(rename = "f32")]
+    F32,
+    /// Types without a fast kernel become Q8_0.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// As the file has them.
+    #[serde(rename = "as-is")]
+    AsIs,
+}
+
+/// How the model speaks and calls.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Electron {
+    /// When the caller hears something before a tool runs: `auto`, `always` or `never`.
+    pub filler: FillerPolicy,
+}
+
+/// What is logged.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `human` or `json`.
+    pub format: LogFormat,
+    /// A level, or filters as `tracing` has them: `info,electron_gateway=debug`.
+    pub level: String,
+    /// Whether prompts and answers may be written to logs and traces.
+    pub content: bool,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A key that may use the server.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Key {
+    /// Whose it is; it stands in logs.
+    pub name: String,
+    /// `sha256:` and 64 hex digits, as `electron-gateway key create` prints it.
+    pub hash: String,
+    /// Models that it may use; none listed are all.
+    #[serde(default)]
+    pub models: Vec<String>,
+    /// Requests a minute; 0 is no limit.
+    #[serde(default)]
+    pub requests_per_minute: u32,
+    /// Requests at once; 0 is no limit.
+    #[serde(default)]
+    pub concurrency: u32,
+}
+
+/// What is wrong with the settings, each with its name, its value and what is allowed.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct ConfigError(Vec<String>);
+
+// === impl Config ===
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            max_body: ByteSize::mib(1),
+            request_timeout: Duration::from_secs(300),
+            read_timeout: Duration::from_secs(30),
+            shutdown_grace: Duration::from_secs(30),
+            cors_origins: Vec::new(),
+            max_connections: 10_000,
+        }
+    }
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            name: "electron".into(),
+            source: "smollm2".into(),
+            weights: Weights::Auto,
+            context: 0,
+            slots: 1,
+            queue: 64,
+            prefix_cache: ByteSize::gib(2),
+            warm_up_step: 128,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            format: LogFormat::Human,
+            level: "info".into(),
+            content: false,
+        }
+    }
+}
+
+impl Config {
+    /// Settings from a file, the environment and flags.
+    ///
+    /// `flags` are pairs of a dotted name and a value as it would stand in the file, quotes left out.
+    ///
+    /// # Errors
+    /// Everything that is wrong, at once.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+        flags: &[(String, String)],
+    ) -> Result<Self, ConfigError> {
+        let defaults = Table::try_from(Self::default()).map_err(|e| ConfigError(vec![e.to_string()]))?;
+        let mut table = match file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|e| {
+                    ConfigError(vec![format!(
+                        "{}: {e}. Name an existing file with --config.",
+                        path.display()
+                    )])
+                })?;
+                text.parse::<Table>()
+                    .map_err(|e| ConfigError(vec![format!("{}: {e}", path.display())]))?
+            }
+            None => Table::new(),
+        };
+        let mut faults = Vec::new();
+        let variables: BTreeMap<String, (String, String)> = leaves(&defaults)
+            .into_iter()
+            .map(|name| (variable_of(&name), (name, String::new())))
+            .collect();
+        for (variable, value) in environment {
+            if let Some((name, _)) = variables.get(&variable) {
+                set(
+                    &mut table,
+                    &defaults,
+                    name,
+                    &value,
+                    &format!("{variable} (environment)"),
+                    &mut faults,
+                );
+            }
+        }
+        for (name, value) in flags {
+            set(&mut table, &defaults, name, value, name, &mut faults);
+        }
+        unknown(&table, &defaults, "", &mut faults);
+        if faults.is_empty() {
+            wrong(&table, &defaults, &mut faults);
+        }
+        if !faults.is_empty() {
+            return Err(ConfigError(faults));
+        }
+        let config: Self = Value::Table(table)
+            .try_into()
+            .map_err(|e: toml::de::Error| ConfigError(vec![e.to_string()]))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The effective settings as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_default()
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let mut faults = Vec::new();
+        let mut refuse = |name: &str, value: &dyn fmt::Display, allowed: &str| {
+            faults.push(format!("{name} = {value}: allowed is {allowed}"));
+        };
+        let (server, model) = (&self.server, &self.model);
+        let within = |size: ByteSize, low: ByteSize, high: ByteSize| (low.0..=high.0).contains(&size.0);
+        if !within(server.max_body, ByteSize::kib(1), ByteSize::gib(1)) {
+            refuse("server.max_body", &server.max_body, "1 KiB to 1 GiB");
+        }
+        for (name, value) in [
+            ("server.request_timeout", server.request_timeout),
+            ("server.read_timeout", server.read_timeout),
+        ] {
+            if value.is_zero() || value > Duration::from_secs(86_400) {
+                refuse(
+                    name,
+                    &humantime_serde::re::humantime::format_duration(value),
+                    "more than 0 up to 1 day",
+                );
+            }
+        }
+        if server.max_connections == 0 {
+            refuse("server.max_connections", &0, "1 or more");
+        }
+        for origin in &server.cors_origins {
+            if origin != "*" && axum::http::HeaderValue::from_str(origin).is_err() {
+                refuse(
+                    "server.cors_origins",
+                    origin,
+                    "origins such as https://example.com, or *",
+                );
+            }
+        }
+        if model.name.is_empty() {
+            refuse("model.name", &"\"\"", "any name of one letter or more");
+        }
+        if !(1..=256).contains(&model.slots) {
+            refuse("model.slots", &model.slots, "1 to 256");
+        }
+        if !(1..=100_000).contains(&model.queue) {
+            refuse("model.queue", &model.queue, "1 to 100000");
+        }
+        if !(16..=4096).contains(&model.warm_up_step) {
+            refuse("model.warm_up_step", &model.warm_up_step, "16 to 4096 tokens");
+        }
+        if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
+            refuse(
+                "log.level",
+                &self.log.level,
+                "error, warn, info, debug, trace, or filters such as info,hyper=warn",
+            );
+        }
+        for (i, key) in self.keys.iter().enumerate() {
+            let hex = key.hash.strip_prefix("sha256:").unwrap_or_default();
+            if hex.len() != 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
+                let allowed = "sha256: and 64 hex digits, as `electron-gateway key create` prints it";
+                refuse(&format!("keys[{i}].hash"), &"(hidden)", allowed);
+            }
+        }
+        if self.keys.is_empty() && !server.listen.ip().is_loopback() {
+            refuse(
+                "server.listen",
+                &server.listen,
+                "a loopback address as long as no [[keys]] are configured; make one with `electron-gateway key create`",
+            );
+        }
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError(faults))
+        }
+    }
+}
+
+/// The environment variable of a setting.
+pub fn variable_of(name: &str) -> String {
+    format!("ELECTRON_{}", name.replace('.', "_").to_uppercase())
+}
+
+/// Dotted names of all settings but lists of tables.
+fn leaves(defaults: &Table) -> Vec<String> {
+    let mut names = Vec::new();
+    for (section, value) in defaults {
+        if let Value::Table(inner) = value {
+            names.extend(inner.keys().map(|key| format!("{section}.{key}")));
+        }
+    }
+    names
+}
+
+/// Puts a text value at a dotted name, read as the type that its default has.
+fn set(table: &mut Table, defaults: &Table, name: &str, value: &str, told: &str, faults: &mut Vec<String>) {
+    let Some((section, key)) = name.split_once('.') else {
+        faults.push(format!("{told}: {}", nearest(name, &leaves(defaults))));
+        return;
+    };
+    let default = defaults.get(section).and_then(|s| s.get(key));
+    let parsed = match default {
+        Some(Value::String(_)) => Ok(Value::String(value.to_owned())),
+        Some(Value::Array(_)) => {
+            let items = value.split(',').map(str::trim).filter(|item| !item.is_empty());
+            Ok(Value::Array(items.map(|item| Value::String(item.to_owned())).collect()))
+        }
+        Some(Value::Integer(_)) => value.parse().map(Value::Integer).map_err(|_| "a whole number"),
+        Some(Value::Boolean(_)) => value.parse().map(Value::Boolean).map_err(|_| "true or false"),
+        Some(_) | None => {
+            faults.push(format!("{told}: {}", nearest(name, &leaves(defaults))));
+            return;
+        }
+    };
+    match parsed {
+        Ok(parsed) => {
+            let inner = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
+            if let Value::Table(inner) = inner {
+                inner.insert(key.to_owned(), parsed);
+            }
+        }
+        Err(allowed) => faults.push(format!("{told} = {value}: allowed is {allowed}")),
+    }
+}
+
+/// Names that no setting has.
+fn unknown(table: &Table, defaults: &Table, prefix: &str, faults: &mut Vec<String>) {
+    for (key, value) in table {
+        let name = format!("{prefix}{key}");
+        match (value, defaults.get(key)) {
+            (_, None) => {
+                let known: Vec<String> = defaults.keys().map(|known| format!("{prefix}{known}")).collect();
+                faults.push(format!("{name}: {}", nearest(&name, &known)));
+            }
+            (Value::Table(inner), Some(Value::Table(known))) => unknown(inner, known, &format!("{name}."), faults),
+            (Value::Array(items), Some(_)) if name == "keys" => {
+                if let Ok(known) = Table::try_from(Key::default()) {
+                    for (i, item) in items.iter().enumerate() {
+                        if let Value::Table(item) = item {
+                            unknown(item, &known, &format!("keys[{i}]."), faults);
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn nearest(name: &str, known: &[String]) -> String {
+    let best = known
+        .iter()
+        .max_by(|a, b| strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b)));
+    match best {
+        Some(best) => format!("there is no such setting; did you mean {best}?"),
+        None => "there is no such setting".into(),
+    }
+}
+
+/// Values that a setting cannot take: each is tried alone in otherwise default settings.
+fn wrong(table: &Table, defaults: &Table, faults: &mut Vec<String>) {
+    for (section, value) in table {
+        let Value::Table(inner) = value else {
+            let mut trial = defaults.clone();
+            trial.insert(section.clone(), value.clone());
+            if let Err(e) = Value::Table(trial).try_into::<Config>() {
+                faults.push(format!("{section}: {}", e.message()));
+            }
+            continue;
+        };
+        for (key, value) in inner {
+            let mut trial = defaults.clone();
+            if let Some(Value::Table(trial)) = trial.get_mut(section) {
+                trial.insert(key.clone(), value.clone());
+            }
+            if let Err(e) = Value::Table(trial).try_into::<Config>() {
+                faults.push(format!("{section}.{key} = {value}: {}", e.message()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config, String> {
+        let path = std::env::temp_dir().join(format!("config-{}-{}", std::process::id(), rand::random::<u64>()));
+        std::fs::write(&path, text).unwrap();
+        let own = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+            pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
+        };
+        let loaded = Config::load(Some(&path), own(environment), &own(flags)).map_err(|e| e.to_string());
+        std::fs::remove_file(path).unwrap();
+        loaded
+    }
+
+    #[test]
+    fn flags_win_over_the_environment_and_that_over_the_file() {
+        let file = "[server]\nlisten = \"127.0.0.1:1\"\nmax_body = \"2 MiB\"\n[model]\nslots = 2\n";
+        let config = load(
+            file,
+            &[("ELECTRON_SERVER_LISTEN", "127.0.0.1:2"), ("ELECTRON_MODEL_QUEUE", "9")],
+            &[("server.listen", "127.0.0.1:3")],
+        )
+        .unwrap();
+        assert_eq!(config.server.listen.port(), 3);
+        assert_eq!(config.server.max_body, ByteSize::mib(2));
+        assert_eq!((config.model.slots, config.model.queue), (2, 9));
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused_with_the_nearest_known_one() {
+        let fault = load("[server]\nlistn = \"x\"\n", &[], &[]).unwrap_err();
+        assert!(
+            fault.contains("server.listn") && fault.contains("server.listen"),
+            "{fault}"
+        );
+        let fault = load("[sever]\n", &[], &[]).unwrap_err();
+        assert!(fault.contains("did you mean server"), "{fault}");
+        let fault = load("[[keys]]\nname = \"a\"\nhsh = \"b\"\n", &[], &[]).unwrap_err();
+        assert!(fault.contains("keys[0].hash"), "{fault}");
+    }
+
+    #[test]
+    fn a_wrong_value_is_refused_with_its_name_and_value() {
+        for (text, name, value) in [
+            ("[server]\nlisten = \"here\"\n", "server.listen", "here"),
+            ("[server]\nmax_body = \"much\"\n", "server.max_body", "much"),
+            (
+                "[server]\nrequest_timeout = \"soon\"\n",
+                "server.request_timeout",
+                "soon",
+            ),
+            ("[model]\nweights = \"q2\"\n", "model.weights", "q2"),
+            ("[model]\nslots = 0\n", "model.slots", "0"),
+            ("[electron]\nfiller = \"maybe\"\n", "electron.filler", "maybe"),
+        ] {
+            let fault = load(text, &[], &[]).unwrap_err();
+            assert!(fault.contains(name) && fault.contains(value), "{fault}");
+        }
+        let fault = load("", &[("ELECTRON_MODEL_SLOTS", "two")], &[]).unwrap_err();
+        assert!(fault.contains("ELECTRON_MODEL_SLOTS") && fault.contains("two") && fault.contains("whole number"));
+    }
+
+    #[test]
+    fn several_faults_are_told_at_once() {
+        let fault = load("[server]\nlisten = \"here\"\n[model]\nweights = \"q2\"\n", &[], &[]).unwrap_err();
+        assert!(
+            fault.contains("server.listen") && fault.contains("model.weights"),
+            "{fault}"
+        );
+    }
+
+    #[test]
+    fn without_keys_only_loopback_is_served() {
+        assert!(
+            load("", &[], &[("server.listen", "0.0.0.0:80")])
+                .unwrap_err()
+                .contains("key create")
+        );
+        let keyed = format!("[[keys]]\nname = \"a\"\nhash = \"sha256:{}\"\n", "0".repeat(64));
+        assert!(load(&keyed, &[], &[("server.listen", "0.0.0.0:80")]).is_ok());
+    }
+
+    #[test]
+    fn the_effective_settings_are_settings() {
+        let text = Config::default().to_toml();
+        assert_eq!(load(&text, &[], &[]).unwrap().to_toml(), text);
+    }
+}

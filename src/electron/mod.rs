@@ -1,0 +1,386 @@
+//! Electron: a model that speaks while its tools run.
+//!
+//! This layer turns a [`Turn`] into a prompt and a grammar for the engine, and the tokens that come back into
+//! [`TurnEvent`]s. It sees to it that a call is always valid, and that the caller hears something before a tool runs.
+//!
+//! The filler's timing: text leaves as the model makes it, so when a call opens it is known whether the caller has heard
+//! anything in this turn. If not, a phrase from the book leaves at that moment, before the call's name and arguments
+//! exist. A turn that has to call a tool needs no token to know that: there the phrase leaves when the turn starts.
+
+pub mod filler;
+pub mod form;
+pub mod grammar;
+pub mod language;
+pub mod parser;
+pub mod template;
+
+use std::{collections::VecDeque, sync::Arc, time::Instant};
+
+use futures::stream;
+use uuid::Uuid;
+
+use self::{
+    filler::{Phrases, Place},
+    grammar::Grammars,
+    language::Language,
+    parser::{Parsed, Parser},
+    template::Template,
+};
+use crate::{
+    engine::{Generation, ModelInfo, Readiness, TokenEngine, TokenEvent, TokenFinish, Tokens},
+    error::Error,
+    turn::{
+        FillerPolicy, FinishReason, Message, OutputFormat, Progress, TokenLogprob, Turn, TurnEvent, TurnStream, Usage,
+    },
+};
+
+/// A model as dialects see it: turns in, events out.
+pub struct Electron {
+    engine: Arc<dyn TokenEngine>,
+    template: Template,
+    grammars: Grammars,
+}
+
+/// A turn, ready for the engine.
+struct Prepared {
+    generation: Generation,
+    reader: Reader,
+}
+
+// === impl Electron ===
+
+impl Electron {
+    /// Puts the layer on an engine.
+    ///
+    /// # Errors
+    /// A text for the operator, when the model's template or vocabulary cannot be used.
+    pub fn new(engine: Arc<dyn TokenEngine>) -> Result<Self, String> {
+        let template = Template::new(engine.model().clone())?;
+        let grammars = Grammars::new(engine.model().clone(), template.form())?;
+        Ok(Self {
+            engine,
+            template,
+            grammars,
+        })
+    }
+
+    /// What is known of the model.
+    pub fn model(&self) -> &ModelInfo {
+        self.engine.model()
+    }
+
+    /// How the model writes calls, and whether its own template teaches that.
+    pub fn call_form(&self) -> (form::Form, bool) {
+        (self.template.form(), self.template.knows_tools())
+    }
+
+    /// Whether turns are likely to succeed now.
+    pub fn readiness(&self) -> Readiness {
+        self.engine.readiness()
+    }
+
+    /// The engine, for its figures.
+    pub fn engine(&self) -> &Arc<dyn TokenEngine> {
+        &self.engine
+    }
+
+    /// Starts a turn. The stream ends with [`TurnEvent::Finished`] or an error; dropping it stops the generation.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] and [`Error::ContextLength`] for the turn itself, [`Error::Overloaded`] when there is no place.
+    pub async fn turn(self: &Arc<Self>, turn: Turn) -> Result<TurnStream, Error> {
+        let electron = self.clone();
+        // Templates, tokenizing and grammars take milliseconds, which other connections should not wait for.
+        let prepared = tokio::task::spawn_blocking(move || electron.prepare(&turn))
+            .await
+            .map_err(|e| Error::Internal(e.to_string()))??;
+        let mut reader = prepared.reader;
+        reader.tokens = Some(self.engine.generate(prepared.generation)?);
+        let progress = reader.progress.clone();
+        progress.set(reader.usage);
+        let events = stream::unfold(reader, |mut reader| async move { Some((reader.next().await?, reader)) });
+        Ok(TurnStream::new(events, progress))
+    }
+
+    /// The prompt of a turn as text.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the model's template refuses the conversation.
+    pub fn render(&self, turn: &Turn) -> Result<String, Error> {
+        Ok(Template::readable(&self.template.render(&turn.messages, &turn.tools)?))
+    }
+
+    fn prepare(&self, turn: &Turn) -> Result<Prepared, Error> {
+        let rendered = self.template.render(&turn.messages, &turn.tools)?;
+        let mut prompt = self.template.tokenize(&rendered)?;
+        let prompt_tokens = prompt.len();
+        let context = self.model().context;
+        let room = context.saturating_sub(prompt_tokens);
+        let asked = turn.sampling.max_tokens;
+        if room == 0 || asked.is_some_and(|asked| asked > room) {
+            return Err(Error::ContextLength {
+                context,
+                prompt: prompt_tokens,
+                asked: asked.filter(|_| room > 0),
+            });
+        }
+        let max_tokens = asked.unwrap_or(room);
+
+        let fills = fills(turn);
+        let plan = self.grammars.plan(turn, fills, max_tokens)?;
+        let syntax = (!turn.tools.is_empty()).then(|| self.template.form().syntax());
+        let mut parser = Parser::new(syntax, turn.format != OutputFormat::Text, &turn.sampling.stop);
+        let mut opening_tokens = 0;
+        if let Some(opening) = plan.opening {
+            let opening = self.model().vocabulary.encode(opening)?;
+            if opening.len() >= max_tokens {
+                return Err(Error::invalid(
+                    "max_tokens",
+                    "too few tokens for a tool call, which tool_choice asks for",
+                ));
+            }
+            opening_tokens = opening.len();
+            prompt.extend(opening);
+            parser.opened();
+        }
+        let max_tokens = max_tokens - opening_tokens;
+        let mut sampling = turn.sampling.clone();
+        sampling.max_tokens = Some(max_tokens);
+        let reader = Reader {
+            model: self.engine.model().clone(),
+            tokens: None,
+            parser,
+            filler: fills.then(|| Filler::new(turn)),
+            wants_logprobs: sampling.logprobs.is_some(),
+            opened: plan.opening.is_some(),
+            ready: VecDeque::new(),
+            logprobs: Vec::new(),
+            spoken: false,
+            stopped: false,
+            calls: 0,
+            latest: Instant::now(),
+            usage: Usage {
+                prompt_tokens,
+                cached_tokens: 0,
+                completion_tokens: opening_tokens,
+            },
+            progress: Arc::default(),
+            over: false,
+        };
+        Ok(Prepared {
+            generation: Generation {
+                prompt,
+                sampling,
+                max_tokens,
+                guide: Box::new(plan.guide),
+            },
+            reader,
+        })
+    }
+}
+
+/// Whether this turn speaks before it calls.
+fn fills(turn: &Turn) -> bool {
+    match turn.filler {
+        _ if turn.tools.is_empty() => false,
+        FillerPolicy::Always => true,
+        FillerPolicy::Never => false,
+        FillerPolicy::Auto => system_prompts(turn).any(filler::is_voice_prompt),
+    }
+}
+
+fn system_prompts(turn: &Turn) -> impl Iterator<Item = &str> {
+    turn.messages.iter().filter_map(|message| match message {
+        Message::System(text) => Some(text.as_str()),
+        _ => None,
+    })
+}
+
+/// Where a turn's phrase comes from.
+struct Filler {
+    phrases: Phrases,
+    language: Language,
+    place: Place,
+    /// What the agent said last, which is not said again.
+    last: Option<String>,
+}
+
+impl Filler {
+    fn new(turn: &Turn) -> Self {
+        let users = turn.messages.iter().filter_map(|message| match message {
+            Message::User(text) => Some(text.as_str()),
+            _ => None,
+        });
+        let last = turn.messages.iter().rev().find_map(|message| match message {
+            Message::Assistant {
+                content: Some(text), ..
+            } if !text.is_empty() => Some(text.clone()),
+            _ => None,
+        });
+        let chained = matches!(turn.messages.last(), Some(Message::Tool { .. }));
+        Self {
+            phrases: Phrases::new(turn.sampling.seed),
+            language: language::detect(users, system_prompts(turn).next()),
+            place: if chained { Place::Chained } else { Place::First },
+            last,
+        }
+    }
+
+    fn draw(mut self) -> String {
+        self.phrases
+            .draw(self.language, self.place, self.last.as_deref())
+            .to_owned()
+    }
+}
+
+/// Turns tokens into events.
+struct Reader {
+    model: Arc<ModelInfo>,
+    tokens: Option<Tokens>,
+    parser: Parser,
+    /// Taken when it is used, or when the model speaks for itself.
+    filler: Option<Filler>,
+    wants_logprobs: bool,
+    /// Whether the prompt already opened a call.
+    opened: bool,
+    ready: VecDeque<TurnEvent>,
+    /// Of tokens whose text has not left yet.
+    logprobs: Vec<TokenLogprob>,
+    spoken: bool,
+    /// Whether a stop text came.
+    stopped: bool,
+    /// Calls that have begun.
+    calls: usize,
+    /// When the engine made what is being read.
+    latest: Instant,
+    usage: Usage,
+    progress: Arc<Progress>,
+    over: bool,
+}
+
+// === impl Reader ===
+
+impl Reader {
+    async fn next(&mut self) -> Option<Result<TurnEvent, Error>> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(Ok(event));
+            }
+            if self.over {
+                return None;
+            }
+            match self.tokens.as_mut()?.next().await {
+                Some(Ok(event)) => {
+                    self.take(event);
+                    self.progress.set(self.usage);
+                }
+                Some(Err(e)) => {
+                    self.over = true;
+                    return Some(Err(e));
+                }
+                None => {
+                    self.over = true;
+                    return Some(Err(Error::EngineFailed("it stopped in the middle of an answer".into())));
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, event: TokenEvent) {
+        let mut parsed = Vec::new();
+        match event {
+            TokenEvent::Started { at, cached_tokens } => {
+                self.latest = at;
+                self.usage.cached_tokens = cached_tokens.min(self.usage.prompt_tokens);
+                if self.opened {
+                    self.call_opened();
+                }
+            }
+            TokenEvent::Token(token) => {
+                self.latest = token.at;
+                self.usage.completion_tokens += 1;
+                let vocabulary = &self.model.vocabulary;
+                if let Some(logprob) = token.logprob.filter(|_| self.wants_logprobs && self.calls == 0) {
+                    let bytes = |id: u32| vocabulary.bytes(id).to_vec();
+                    self.logprobs.push(TokenLogprob {
+                        bytes: bytes(token.id),
+                        logprob: logprob.chosen,
+                        top: logprob
+                            .top
+                            .into_iter()
+                            .map(|(id, logprob)| (bytes(id), logprob))
+                            .collect(),
+                    });
+                }
+                let bytes = vocabulary.bytes(token.id);
+                if !vocabulary.is_special(token.id) || form::is_marker(bytes) {
+                    self.parser.push(bytes, &mut parsed);
+                }
+            }
+            TokenEvent::Finished(why) => {
+                self.parser.finish(&mut parsed);
+                self.tell(parsed);
+                let reason = match why {
+                    TokenFinish::Cancelled => FinishReason::Cancelled,
+                    TokenFinish::Length => FinishReason::Length,
+                    TokenFinish::EndOfTurn | TokenFinish::Guide if self.calls > 0 => FinishReason::ToolCalls,
+                    TokenFinish::EndOfTurn | TokenFinish::Guide => FinishReason::Stop,
+                };
+                self.ready.push_back(TurnEvent::Finished {
+                    reason,
+                    usage: self.usage,
+                });
+                self.over = true;
+                return;
+            }
+        }
+        self.tell(parsed);
+    }
+
+    fn tell(&mut self, parsed: Vec<Parsed>) {
+        for piece in parsed {
+            let index = self.calls.saturating_sub(1);
+            match piece {
+                _ if self.stopped => {}
+                Parsed::Text(delta) => self.say(delta),
+                Parsed::CallOpened => self.call_opened(),
+                Parsed::CallNamed(name) => {
+                    let id = format!("call_{}", Uuid::now_v7().simple());
+                    self.ready.push_back(TurnEvent::CallBegun {
+                        index: self.calls,
+                        id,
+                        name,
+                    });
+                    self.calls += 1;
+                }
+                Parsed::Arguments(delta) => self.ready.push_back(TurnEvent::Arguments { index, delta }),
+                Parsed::CallEnded => self.ready.push_back(TurnEvent::CallEnded { index }),
+                Parsed::Stopped => self.stopped = true,
+            }
+        }
+    }
+
+    fn say(&mut self, delta: String) {
+        // White space at the start of a turn is no speech.
+        let delta = if self.spoken {
+            delta
+        } else {
+            delta.trim_start().to_owned()
+        };
+        if delta.is_empty() {
+            return;
+        }
+        self.spoken = true;
+        self.filler = None;
+        let logprobs = std::mem::take(&mut self.logprobs);
+        self.ready.push_back(TurnEvent::Text { delta, logprobs });
+    }
+
+    fn call_opened(&mut self) {
+        self.logprobs.clear();
+        if let Some(filler) = self.filler.take() {
+            self.say(filler.draw());
+            metrics::histogram!("electron_filler_delay_seconds").record(self.latest.elapsed().as_secs_f64());
+        }
+    }
+}

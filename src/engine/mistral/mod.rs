@@ -1,0 +1,478 @@
+//! The engine in this process: mistral.rs, with our own queue, sampling and token accounting around it.
+//!
+//! One dispatcher task takes work from the queue and hands it to the engine's thread, `slots` at a time. On a CPU that is
+//! one: the engine then runs a sequence from start to end, which is both the fastest and what keeps the mirror of its
+//! prefix cache exact.
+
+mod convert;
+mod load;
+mod prefix;
+mod queue;
+mod sampler;
+
+use std::{
+    num::NonZeroUsize,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use mistralrs_core::{
+    Constraint, CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder, NormalRequest, Request,
+    RequestMessage, Response, SamplingParams, SchedulerConfig, StopTokens,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    load::Loaded,
+    prefix::PrefixMirror,
+    queue::{Class, Queue, Waiting},
+    sampler::{Endings, Events, Sampler, Sentinel},
+};
+use super::{Gauges, Generation, ModelInfo, RETRY_AFTER, Readiness, TokenEngine, TokenEvent, TokenFinish, Tokens};
+use crate::{config::Weights, error::Error};
+
+/// How the engine runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// A GGUF file, a folder with safetensors, or a Hugging Face id.
+    pub source: String,
+    /// In what form the weights are kept.
+    pub weights: Weights,
+    /// Most tokens of prompt and answer together; 0 leaves it to the model.
+    pub context: usize,
+    /// Turns that run at once.
+    pub slots: usize,
+    /// Turns that may wait.
+    pub queue: usize,
+    /// Bytes that the prefix cache may hold.
+    pub prefix_cache: u64,
+    /// Tokens that a warm-up computes before it lets a caller go first.
+    pub warm_up_step: usize,
+}
+
+/// A model that runs in this process.
+pub struct MistralEngine {
+    info: Arc<ModelInfo>,
+    queue: Arc<Queue<Job>>,
+    state: Arc<State>,
+}
+
+/// What the dispatcher and the handle share.
+struct State {
+    mirror: Mutex<PrefixMirror>,
+    readiness: watch::Sender<Readiness>,
+    running: AtomicU64,
+    flushes: AtomicU64,
+}
+
+/// A piece of work for the engine.
+enum Job {
+    Turn(Box<Generation>, Events, CancellationToken),
+    WarmUp {
+        prompt: Vec<u32>,
+        done: usize,
+        stop: CancellationToken,
+    },
+}
+
+/// How long no caller must have come before a warm-up starts: clients that send turn after turn without a pause
+/// should not find a warm-up's step in front of them.
+const QUIET: Duration = Duration::from_millis(60);
+
+/// Conversations that are computed again after the prefix cache had to be emptied.
+const RESTORED: usize = 8;
+
+// === impl MistralEngine ===
+
+impl MistralEngine {
+    /// Loads a model and starts its engine. Not ready until a first token came: await [`MistralEngine::first_token`].
+    ///
+    /// # Errors
+    /// A text for the operator.
+    pub async fn start(settings: Settings) -> Result<Self, String> {
+        let (source, weights) = (settings.source.clone(), settings.weights);
+        let loaded = tokio::task::spawn_blocking(move || load::load(&source, weights))
+            .await
+            .map_err(|e| format!("loading was interrupted: {e}"))??;
+        let Loaded {
+            pipeline,
+            mut info,
+            bytes_per_token,
+            paged,
+            sentinel,
+            ..
+        } = loaded;
+        if settings.context > 0 {
+            info.context = info.context.min(settings.context);
+        }
+        let info = Arc::new(info);
+        let slots = settings.slots.max(1);
+        let method = {
+            let metadata = pipeline.lock().await.get_metadata();
+            match (paged, &metadata.cache_config) {
+                (true, Some(config)) => SchedulerConfig::PagedAttentionMeta {
+                    max_num_seqs: slots,
+                    config: config.clone(),
+                },
+                _ => SchedulerConfig::DefaultScheduler {
+                    method: DefaultSchedulerMethod::Fixed(NonZeroUsize::new(slots).unwrap_or(NonZeroUsize::MIN)),
+                },
+            }
+        };
+        let engine = MistralRsBuilder::new(pipeline, method, false, None).build().await;
+        let queue = Arc::new(Queue::new(settings.queue, QUIET));
+        let (readiness, _) = watch::channel(Readiness::NotReady("the model has not answered yet".into()));
+        let state = Arc::new(State {
+            mirror: Mutex::new(PrefixMirror::new(if paged { 0 } else { bytes_per_token })),
+            readiness,
+            running: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
+        });
+        let endings = Endings {
+            end_of_turn: info.vocabulary.end_of_turn().into(),
+            sentinel,
+        };
+        let dispatcher = Dispatcher {
+            engine,
+            queue: queue.clone(),
+            state: state.clone(),
+            slots: Arc::new(Semaphore::new(slots)),
+            slot_count: slots as u32,
+            endings,
+            prefix_cache: settings.prefix_cache,
+            warm_up_step: settings.warm_up_step.max(1),
+            first_token: info.vocabulary.encode("Hello").map_err(|e| e.to_string())?,
+        };
+        tokio::spawn(Arc::new(dispatcher).run());
+        Ok(Self { info, queue, state })
+    }
+
+    /// Waits until the model has answered a first token.
+    ///
+    /// # Errors
+    /// A text for the operator, when it fails to.
+    pub async fn first_token(&self) -> Result<(), String> {
+        let mut readiness = self.state.readiness.subscribe();
+        let seen = readiness
+            .wait_for(|r| !matches!(r, Readiness::NotReady(why) if why.contains("not answered")))
+            .await;
+        match seen.map(|r| r.clone()) {
+            Ok(Readiness::Ready) => Ok(()),
+            Ok(Readiness::NotReady(why)) => Err(why),
+            Err(_) => Err("the engine stopped".into()),
+        }
+    }
+}
+
+impl TokenEngine for MistralEngine {
+    fn model(&self) -> &Arc<ModelInfo> {
+        &self.info
+    }
+
+    fn generate(&self, generation: Generation) -> Result<Tokens, Error> {
+        if let Readiness::NotReady(why) = self.readiness() {
+            return Err(Error::Overloaded {
+                message: format!("The model is not ready: {why}.").into(),
+                retry_after: RETRY_AFTER,
+            });
+        }
+        // Room for every event of the generation: start, tokens, end. The engine's thread never waits for a reader, and
+        // memory is taken as tokens come.
+        let (events, receiver) = mpsc::channel(generation.max_tokens + 3);
+        let cancel = CancellationToken::new();
+        let job = Job::Turn(Box::new(generation), events, cancel.clone());
+        self.queue.push(job).map_err(|_| Error::Overloaded {
+            message: "Every place in the queue is taken. Try again in a moment.".into(),
+            retry_after: RETRY_AFTER,
+        })?;
+        Ok(Tokens::new(receiver, cancel))
+    }
+
+    fn warm(&self, prompt: Vec<u32>, stop: CancellationToken) {
+        let _ = self.queue.push(Job::WarmUp { prompt, done: 0, stop });
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.state.readiness.borrow().clone()
+    }
+
+    fn gauges(&self) -> Gauges {
+        Gauges {
+            queued: self.queue.waiting(),
+            running: self.state.running.load(Ordering::Relaxed) as usize,
+            prefix_cache_bytes: self.state.mirror().bytes(),
+            prefix_cache_flushes: self.state.flushes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Waiting for Job {
+    fn class(&self) -> Class {
+        match self {
+            Self::Turn(..) => Class::Turn,
+            Self::WarmUp { .. } => Class::WarmUp,
+        }
+    }
+
+    fn is_abandoned(&self) -> bool {
+        match self {
+            Self::Turn(_, events, cancel) => events.is_closed() || cancel.is_cancelled(),
+            Self::WarmUp { stop, .. } => stop.is_cancelled(),
+        }
+    }
+}
+
+impl State {
+    fn mirror(&self) -> std::sync::MutexGuard<'_, PrefixMirror> {
+        self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The task that feeds the engine.
+struct Dispatcher {
+    engine: Arc<MistralRs>,
+    queue: Arc<Queue<Job>>,
+    state: Arc<State>,
+    slots: Arc<Semaphore>,
+    slot_count: u32,
+    endings: Endings,
+    prefix_cache: u64,
+    warm_up_step: usize,
+    /// A prompt to try the engine with.
+    first_token: Vec<u32>,
+}
+
+// === impl Dispatcher ===
+
+impl Dispatcher {
+    async fn run(self: Arc<Self>) {
+        self.try_out().await;
+        loop {
+            let Ok(slot) = self.slots.clone().acquire_owned().await else {
+                return;
+            };
+            let job = self.queue.next().await;
+            let dispatcher = self.clone();
+            self.state.running.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let outcome = dispatcher.perform(job, &slot).await;
+                dispatcher.state.running.fetch_sub(1, Ordering::Relaxed);
+                drop(slot);
+                if let Err(why) = outcome {
+                    dispatcher.recover(why).await;
+                }
+            });
+        }
+    }
+
+    /// Generates one token; the server is ready when that works.
+    async fn try_out(&self) {
+        let outcome = self.prefill(self.first_token.clone()).await;
+        self.state.readiness.send_replace(match outcome {
+            Ok(()) => Readiness::Ready,
+            Err(why) => Readiness::NotReady(why),
+        });
+    }
+
+    /// After the engine failed: nobody is served until it has answered again. The engine starts its thread anew when
+    /// something is sent to it.
+    async fn recover(&self, why: String) {
+        tracing::error!(why, "the engine failed");
+        self.state.readiness.send_replace(Readiness::NotReady(why));
+        let Ok(_all) = self.slots.acquire_many(self.slot_count).await else {
+            return;
+        };
+        if self.state.readiness.borrow().clone() == Readiness::Ready {
+            return;
+        }
+        self.state.mirror().clear(0, 0);
+        self.try_out().await;
+        tracing::info!(readiness = ?*self.state.readiness.borrow(), "the engine was restarted");
+    }
+
+    /// Does one piece of work. An error means that the engine is broken, not that the work was.
+    async fn perform(&self, job: Job, slot: &OwnedSemaphorePermit) -> Result<(), String> {
+        let _ = slot;
+        match job {
+            Job::Turn(generation, events, cancel) => {
+                let outcome = self.generate(*generation, events, cancel).await;
+                self.queue.turn_ended();
+                outcome
+            }
+            Job::WarmUp { prompt, done, stop } => self.warm(prompt, done, stop).await,
+        }
+    }
+
+    async fn generate(&self, generation: Generation, events: Events, cancel: CancellationToken) -> Result<(), String> {
+        let Generation {
+            prompt,
+            sampling,
+            max_tokens,
+            guide,
+        } = generation;
+        self.make_room(&prompt).await;
+        let cached_tokens = self.state.mirror().lookup(&prompt);
+        let _ = events.try_send(Ok(TokenEvent::Started {
+            at: Instant::now(),
+            cached_tokens,
+        }));
+        let prompt_len = prompt.len();
+        let sampler = Arc::new(Sampler::new(
+            sampling,
+            max_tokens,
+            guide,
+            self.endings.clone(),
+            events.clone(),
+            cancel,
+        ));
+        match self.send(prompt, sampler.clone()).await {
+            Ok(()) => {
+                match sampler.sequence() {
+                    Some(tokens) => self.finished(prompt_len, tokens),
+                    // The engine ended the sequence on its own account, at the model's length.
+                    None => {
+                        let _ = events.try_send(Ok(TokenEvent::Finished(TokenFinish::Length)));
+                    }
+                }
+                Ok(())
+            }
+            Err(Failure::Request(why)) => {
+                // A failed step empties the engine's cache.
+                self.state.mirror().clear(0, 0);
+                tracing::warn!(why, "a generation failed");
+                let _ = events.try_send(Err(Error::EngineFailed(why)));
+                Ok(())
+            }
+            Err(Failure::Engine(why)) => {
+                let _ = events.try_send(Err(Error::EngineFailed(why.clone())));
+                Err(why)
+            }
+        }
+    }
+
+    /// Computes the next step of a warm-up, and puts the rest back into the queue.
+    async fn warm(&self, prompt: Vec<u32>, done: usize, stop: CancellationToken) -> Result<(), String> {
+        let known = self.state.mirror().lookup(&prompt).max(done);
+        let end = (known + self.warm_up_step).min(prompt.len());
+        // What remains is too short to be worth a step of its own.
+        let end = if prompt.len() - end < self.warm_up_step / 4 {
+            prompt.len()
+        } else {
+            end
+        };
+        if end <= known {
+            return Ok(());
+        }
+        self.make_room(&prompt[..end]).await;
+        self.prefill(prompt[..end].to_vec()).await?;
+        if end < prompt.len() && !stop.is_cancelled() {
+            self.queue.put_back(Job::WarmUp {
+                prompt,
+                done: end,
+                stop,
+            });
+        }
+        Ok(())
+    }
+
+    async fn prefill(&self, prompt: Vec<u32>) -> Result<(), String> {
+        match self
+            .send(prompt.clone(), Arc::new(Sentinel(self.endings.sentinel)))
+            .await
+        {
+            Ok(()) => {
+                self.finished(prompt.len(), prompt);
+                Ok(())
+            }
+            Err(Failure::Request(why) | Failure::Engine(why)) => Err(why),
+        }
+    }
+
+    /// Notes what the engine's prefix cache now holds.
+    fn finished(&self, prompt_len: usize, tokens: Vec<u32>) {
+        self.state.mirror().insert(prompt_len, tokens);
+    }
+
+    /// Empties the prefix cache when this prompt would take it over its budget, and queues what live conversations
+    /// lose by that.
+    async fn make_room(&self, prompt: &[u32]) {
+        /// Tokens that an answer is taken to have.
+        const ANSWER: usize = 64;
+        let live = {
+            let mut mirror = self.state.mirror();
+            if mirror.bytes() == 0 || mirror.bytes() + mirror.cost(prompt.len() + ANSWER) <= self.prefix_cache {
+                return;
+            }
+            mirror.clear(RESTORED, self.prefix_cache / 2)
+        };
+        // The engine has no call for it, but it empties its cache when a step fails, and a token that no vocabulary has
+        // makes one fail at once. Other sequences of the same step would fail with it, so this is for one slot only.
+        let unknown = vec![u32::MAX];
+        if self.slot_count == 1 {
+            let _ = self.send(unknown, Arc::new(Sentinel(self.endings.sentinel))).await;
+            self.state.flushes.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(restored = live.len(), "prefix cache emptied");
+        }
+        for tokens in live {
+            if !tokens.starts_with(prompt) && !prompt.starts_with(&tokens) {
+                let _ = self.queue.push(Job::WarmUp {
+                    prompt: tokens,
+                    done: 0,
+                    stop: CancellationToken::new(),
+                });
+            }
+        }
+    }
+
+    /// Hands a prompt to the engine and waits until its sequence has ended.
+    async fn send(&self, prompt: Vec<u32>, sampler: Arc<dyn CustomLogitsProcessor>) -> Result<(), Failure> {
+        let (response, mut answer) = mpsc::channel(1);
+        let mut params = SamplingParams::neutral();
+        params.stop_toks = Some(StopTokens::Ids(vec![self.endings.sentinel]));
+        let request = NormalRequest {
+            messages: RequestMessage::CompletionTokens(prompt),
+            sampling_params: params,
+            response,
+            return_logprobs: false,
+            is_streaming: false,
+            id: 0,
+            constraint: Constraint::None,
+            suffix: None,
+            tools: None,
+            tool_choice: None,
+            logits_processors: Some(vec![sampler]),
+            return_raw_logits: false,
+            web_search_options: None,
+            model_id: None,
+            truncate_sequence: false,
+        };
+        let sender = self
+            .engine
+            .get_sender(None)
+            .map_err(|e| Failure::Engine(format!("no engine: {e}")))?;
+        sender
+            .send(Request::Normal(Box::new(request)))
+            .await
+            .map_err(|_| Failure::Engine("the engine's thread is gone".into()))?;
+        drop(sender);
+        match answer.recv().await {
+            Some(Response::CompletionDone(_)) => Ok(()),
+            Some(Response::CompletionModelError(why, _)) => Err(Failure::Request(why)),
+            Some(Response::InternalError(e) | Response::ValidationError(e)) => Err(Failure::Request(e.to_string())),
+            Some(_) => Err(Failure::Request("an answer of an unknown kind".into())),
+            None => Err(Failure::Engine("the engine's thread died".into())),
+        }
+    }
+}
+
+/// Why a request to the engine did not end well.
+enum Failure {
+    /// This request failed; the engine works.
+    Request(String),
+    /// The engine is broken.
+    Engine(String),
+}

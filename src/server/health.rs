@@ -1,0 +1,46 @@
+//! What load balancers and monitoring ask.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+};
+use serde_json::json;
+
+use super::App;
+use crate::engine::Readiness;
+
+/// The process runs.
+pub(super) async fn live() -> impl IntoResponse {
+    Json(json!({"status": "live"}))
+}
+
+/// Turns are likely to succeed: 200, or 503 and why not.
+pub(super) async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
+    match app.readiness() {
+        Readiness::Ready => (StatusCode::OK, Json(json!({"status": "ready"}))),
+        Readiness::NotReady(why) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            Json(json!({"status": "not ready", "reason": why})),
+        ),
+    }
+}
+
+/// Prometheus' text format.
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    if let Some(electron) = app.electron.get() {
+        let gauges = electron.engine().gauges();
+        metrics::gauge!("electron_queue_length").set(gauges.queued as f64);
+        metrics::gauge!("electron_running").set(gauges.running as f64);
+        metrics::gauge!("electron_prefix_cache_bytes").set(gauges.prefix_cache_bytes as f64);
+        metrics::counter!("electron_prefix_cache_flushes_total").absolute(gauges.prefix_cache_flushes);
+    }
+    app.metrics.run_upkeep();
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
+        app.metrics.render(),
+    )
+}

@@ -1,0 +1,316 @@
+//! The HTTP server: routes, middleware, connections, shutdown.
+
+mod auth;
+mod health;
+mod observe;
+pub mod telemetry;
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use axum::{
+    Extension, Json, Router,
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderValue, Method, Response, header},
+    middleware,
+    response::IntoResponse,
+    routing::{get, post},
+};
+use futures::StreamExt;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::{conn::auto, graceful::GracefulShutdown},
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
+use tower_http::{catch_panic::CatchPanicLayer, cors::CorsLayer};
+
+pub use self::auth::{hash_key, new_key};
+use self::{
+    auth::{Auth, Caller},
+    observe::{Observed, RequestId},
+};
+use crate::{
+    config::Config,
+    dialect::chat_completions::{self, Answering},
+    electron::Electron,
+    engine::{RETRY_AFTER, Readiness},
+    error::Error,
+};
+
+/// The public contract of all HTTP routes.
+const OPENAPI: &str = include_str!("../../proto/openapi.yaml");
+
+/// What every handler shares.
+pub struct App {
+    config: Config,
+    auth: Auth,
+    /// Set once the model is loaded.
+    electron: OnceLock<Arc<Electron>>,
+    metrics: metrics_exporter_prometheus::PrometheusHandle,
+    started: u64,
+}
+
+// === impl App ===
+
+impl App {
+    /// The state of a server whose model is not loaded yet.
+    ///
+    /// `extra_key` is a key in the clear that is accepted besides the configured ones.
+    pub fn new(config: Config, extra_key: Option<&str>) -> Arc<Self> {
+        let auth = Auth::new(&config.keys, extra_key);
+        let started = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or(Duration::ZERO)
+            .as_secs();
+        Arc::new(Self {
+            config,
+            auth,
+            electron: OnceLock::new(),
+            metrics: telemetry::metrics(),
+            started,
+        })
+    }
+
+    /// Starts to serve this model.
+    pub fn serve_model(&self, electron: Arc<Electron>) {
+        let _ = self.electron.set(electron);
+    }
+
+    fn readiness(&self) -> Readiness {
+        match self.electron.get() {
+            Some(electron) => electron.readiness(),
+            None => Readiness::NotReady("the model is being loaded".into()),
+        }
+    }
+
+    /// The model of this name.
+    fn model(&self, name: &str, caller: &Caller) -> Result<Arc<Electron>, Error> {
+        if name != self.config.model.name {
+            return Err(Error::ModelNotFound(name.to_owned()));
+        }
+        caller.check_model(name)?;
+        let electron = self.electron.get().ok_or_else(|| Error::Overloaded {
+            message: "The model is still being loaded. Try again in a moment.".into(),
+            retry_after: RETRY_AFTER,
+        })?;
+        Ok(electron.clone())
+    }
+}
+
+/// All routes with their middleware.
+pub fn router(app: Arc<App>) -> Router {
+    let mut api = Router::new();
+    for prefix in ["/v1", "/waves/v1"] {
+        api = api
+            .route(&format!("{prefix}/chat/completions"), post(chat_completions))
+            .route(&format!("{prefix}/models"), get(models))
+            .route(&format!("{prefix}/models/{{id}}"), get(model));
+    }
+    let api = api.layer(middleware::from_fn_with_state(app.clone(), auth::authenticate));
+    Router::new()
+        .merge(api)
+        .route("/health/live", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .route("/openapi.yaml", get(openapi))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(cors(&app.config.server.cors_origins))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(observe::observe))
+        .with_state(app)
+}
+
+async fn chat_completions(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(request_id): Extension<RequestId>,
+    Extension(observed): Extension<Observed>,
+    request: Request,
+) -> Result<Response<Body>, Error> {
+    let deadline = Instant::now() + app.config.server.request_timeout;
+    let permit = caller.admit()?;
+    let body = read_body(request, &app.config).await?;
+    let request = chat_completions::parse(&body, app.config.electron.filler)?;
+    let electron = app.model(&request.model, &caller)?;
+    observed.asked(&request.model, &request.turn, app.config.log.content);
+    let wants_logprobs = request.turn.sampling.logprobs.is_some();
+    let running = electron.turn(request.turn).await?;
+    let events = observed.watch(running, permit);
+    let answering = Answering {
+        events,
+        model: request.model,
+        stream: request.stream,
+        include_usage: request.include_usage,
+        wants_logprobs,
+        request_id: request_id.0.to_string(),
+        deadline,
+    };
+    chat_completions::answer(answering).await
+}
+
+async fn models(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Json<serde_json::Value> {
+    let name = app.config.model.name.as_str();
+    let names = Some(name).filter(|name| caller.check_model(name).is_ok());
+    Json(chat_completions::models(names, app.started))
+}
+
+async fn model(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    axum::extract::Path(id): axum::extract::Path<String>,
+) -> Result<Json<serde_json::Value>, Error> {
+    let name = app.config.model.name.as_str();
+    if id != name || caller.check_model(name).is_err() {
+        return Err(Error::NotFound(format!("The model `{id}` does not exist.")));
+    }
+    let mut list = chat_completions::models(Some(name), app.started);
+    Ok(Json(list["data"][0].take()))
+}
+
+async fn openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/yaml")], OPENAPI)
+}
+
+async fn not_found(request: Request) -> Error {
+    Error::NotFound(format!(
+        "There is no route {}. GET /openapi.yaml lists those that are.",
+        request.uri().path()
+    ))
+}
+
+async fn method_not_allowed(request: Request) -> Error {
+    let (method, path) = (request.method(), request.uri().path());
+    Error::MethodNotAllowed(format!(
+        "{path} does not take {method}. GET /openapi.yaml says what it takes."
+    ))
+}
+
+fn panicked(cause: Box<dyn std::any::Any + Send>) -> Response<Body> {
+    let text = cause
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or(cause.downcast_ref::<&str>().copied());
+    Error::Internal(format!("a handler panicked: {}", text.unwrap_or("no message"))).into_response()
+}
+
+fn cors(origins: &[String]) -> CorsLayer {
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
+        .expose_headers([observe::HEADER.clone()]);
+    if origins.iter().any(|origin| origin == "*") {
+        layer.allow_origin(tower_http::cors::Any)
+    } else {
+        let origins = origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+        layer.allow_origin(origins.collect::<Vec<_>>())
+    }
+}
+
+/// The whole body, within its limit of size and time.
+async fn read_body(request: Request, config: &Config) -> Result<Vec<u8>, Error> {
+    /// Bytes that are read and dropped of a body that is too large. A client sends its whole body before it reads the
+    /// answer; were the connection closed on it, it would see that and not the error.
+    const DRAINED: usize = 64 << 20;
+    let limit = usize::try_from(config.server.max_body.as_u64()).unwrap_or(usize::MAX);
+    let mut stream = request.into_body().into_data_stream();
+    let mut body = Vec::new();
+    let mut length = 0;
+    let read = async {
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(|_| Error::invalid("body", "the body broke off"))?;
+            length += chunk.len();
+            if length <= limit {
+                body.extend_from_slice(&chunk);
+            } else if length > limit.saturating_add(DRAINED) {
+                break;
+            }
+        }
+        if length > limit {
+            Err(Error::BodyTooLarge { limit })
+        } else {
+            Ok(body)
+        }
+    };
+    tokio::time::timeout(config.server.read_timeout, read)
+        .await
+        .unwrap_or_else(|_| {
+            Err(Error::invalid(
+                "body",
+                "the body did not come within the server's read_timeout",
+            ))
+        })
+}
+
+/// Serves connections until `stop` resolves, and then until running answers have ended or the grace is over.
+///
+/// # Errors
+/// When the listener fails for good.
+pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Output = ()>) -> std::io::Result<()> {
+    let server = &app.config.server;
+    let (grace, read_timeout) = (server.shutdown_grace, server.read_timeout);
+    let places = Arc::new(Semaphore::new(server.max_connections));
+    let mut http = auto::Builder::new(TokioExecutor::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(read_timeout);
+    http.http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Some(Duration::from_secs(30)));
+    let service = TowerToHyperService::new(router(app.clone()));
+    let graceful = GracefulShutdown::new();
+    tokio::pin!(stop);
+    loop {
+        let place = places.clone().acquire_owned();
+        let (place, stream) = tokio::select! {
+            () = &mut stop => break,
+            accepted = async { (place.await, listener.accept().await) } => match accepted {
+                (Ok(place), Ok((stream, _))) => (place, stream),
+                // Out of file descriptors, or the client is gone already: neither ends the server.
+                (_, Err(e)) => {
+                    tracing::warn!(error = %e, "a connection could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                }
+                (Err(_), _) => break,
+            },
+        };
+        let _ = stream.set_nodelay(true);
+        let connection = http
+            .serve_connection_with_upgrades(TokioIo::new(stream), service.clone())
+            .into_owned();
+        let watched = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(e) = watched.await {
+                tracing::debug!(error = %e, "a connection ended early");
+            }
+            drop(place);
+        });
+    }
+    drop(listener);
+    if graceful.count() > 0 {
+        tracing::info!(connections = graceful.count(), ?grace, "waiting for running answers");
+    }
+    if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
+        tracing::warn!("the grace is over; running answers are cut off");
+    }
+    Ok(())
+}
+
+/// Opens the port.
+///
+/// # Errors
+/// A text for the operator that says which address and what to do.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(address).await.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            format!("{address} is in use. Stop what listens there, or choose another with --listen.")
+        }
+        std::io::ErrorKind::PermissionDenied => format!("{address}: no permission; ports below 1024 need privileges."),
+        _ => format!("{address}: {e}. Choose another address with --listen."),
+    })
+}

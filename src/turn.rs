@@ -1,0 +1,312 @@
+//! The vocabulary of the whole program: what a model turn needs, and what it produces.
+//!
+//! A dialect parses a client's request into a [`Turn`] and renders the [`TurnEvent`]s that come back. Nothing here
+//! knows a wire format or an engine.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use futures::Stream;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::Error;
+
+/// Everything that one model turn needs.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    /// The conversation, oldest first. Every tool message answers a call of an earlier assistant message.
+    pub messages: Vec<Message>,
+    /// The tools that the model may call; names are unique.
+    pub tools: Arc<[Tool]>,
+    /// Whether the model may, must or must not call one of them.
+    pub tool_choice: ToolChoice,
+    /// Whether one turn may hold several calls.
+    pub parallel_tool_calls: bool,
+    /// How tokens are drawn and when to stop.
+    pub sampling: Sampling,
+    /// What form the answer's text has to take.
+    pub format: OutputFormat,
+    /// Whether the caller hears something before a tool runs.
+    pub filler: FillerPolicy,
+}
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// Instructions of the agent's operator.
+    System(String),
+    /// What the caller said.
+    User(String),
+    /// What the model said, called, or both.
+    Assistant {
+        /// Spoken or written text; `None` when the turn only called tools.
+        content: Option<String>,
+        /// The calls, in the order in which they were made.
+        tool_calls: Vec<ToolCall>,
+    },
+    /// The result of one tool call.
+    Tool {
+        /// The [`ToolCall::id`] that this answers.
+        call_id: String,
+        /// The result as the tool gave it, text or JSON.
+        content: String,
+    },
+}
+
+/// A call that the model made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ToolCall {
+    /// Unique in the conversation, `call_…`.
+    pub id: String,
+    /// The tool's name.
+    pub name: String,
+    /// The arguments as JSON text.
+    pub arguments: String,
+}
+
+/// A function that the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tool {
+    /// Letters, digits, `_`, `-` and `.`, at most 64.
+    pub name: String,
+    /// What it does, for the model to read.
+    pub description: Option<String>,
+    /// JSON schema of the arguments, an object.
+    pub parameters: Value,
+}
+
+/// Whether the model may call tools.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum ToolChoice {
+    /// The model decides.
+    #[default]
+    Auto,
+    /// No calls.
+    None,
+    /// At least one call.
+    Required,
+    /// A call of this tool.
+    Named(String),
+}
+
+/// What form the answer's text has to take.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum OutputFormat {
+    /// Free text.
+    #[default]
+    Text,
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that is valid under this schema.
+    JsonSchema(Value),
+}
+
+/// How tokens are drawn, and when to stop.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// 0 (greedy) to 2.
+    pub temperature: f32,
+    /// 0 to 1: the share of probability mass that is drawn from.
+    pub top_p: f32,
+    /// Most tokens to generate; `None` leaves it to the model's context.
+    pub max_tokens: Option<usize>,
+    /// Texts that end the answer and are not part of it.
+    pub stop: Vec<String>,
+    /// Makes the turn repeatable.
+    pub seed: Option<u64>,
+    /// Added to the logits of these token ids, -100 to 100.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Subtracted once from the logit of each token that was already generated, -2 to 2.
+    pub presence_penalty: f32,
+    /// Subtracted for every time that a token was already generated, -2 to 2.
+    pub frequency_penalty: f32,
+    /// Report log-probabilities, with this many alternatives a token.
+    pub logprobs: Option<usize>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            max_tokens: None,
+            stop: Vec::new(),
+            seed: None,
+            logit_bias: Vec::new(),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logprobs: None,
+        }
+    }
+}
+
+/// Whether the caller hears something before a tool runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FillerPolicy {
+    /// When the system prompt is written in the style of a voice agent.
+    #[default]
+    Auto,
+    /// In every turn that calls a tool.
+    Always,
+    /// Never: a turn that calls tools has no content.
+    Never,
+}
+
+/// What a turn produces, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TurnEvent {
+    /// More text of the answer, or a filler phrase.
+    Text {
+        /// The text to add.
+        delta: String,
+        /// The tokens that it was made of, when log-probabilities were asked for.
+        logprobs: Vec<TokenLogprob>,
+    },
+    /// A call has begun; its arguments follow.
+    CallBegun {
+        /// Position of the call in the turn, from 0.
+        index: usize,
+        /// Unique id, `call_…`.
+        id: String,
+        /// The tool's name.
+        name: String,
+    },
+    /// More of a call's arguments.
+    Arguments {
+        /// Which call.
+        index: usize,
+        /// JSON text to add.
+        delta: String,
+    },
+    /// A call's arguments are complete.
+    CallEnded {
+        /// Which call.
+        index: usize,
+    },
+    /// The turn is over; nothing follows.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+}
+
+/// Why a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// The model was done, or a stop text came up.
+    Stop,
+    /// The token limit or the end of the context was reached.
+    Length,
+    /// The turn ends with tool calls that wait for their results.
+    ToolCalls,
+    /// Somebody stopped the turn.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// The name that OpenAI's chat API gives it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop | Self::Cancelled => "stop",
+            Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
+        }
+    }
+}
+
+/// What a turn cost, in tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Length of the prompt.
+    pub prompt_tokens: usize,
+    /// The part of the prompt that the prefix cache served.
+    pub cached_tokens: usize,
+    /// Tokens generated, call syntax included and the end-of-turn token not.
+    pub completion_tokens: usize,
+}
+
+/// A generated token and how likely it was, in natural logarithms.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token's bytes, which need not be valid UTF-8 on their own.
+    pub bytes: Vec<u8>,
+    /// Its log-probability under the model, before temperature and grammar.
+    pub logprob: f32,
+    /// The most likely tokens at this place, best first.
+    pub top: Vec<(Vec<u8>, f32)>,
+}
+
+/// The events of one turn. Dropping it stops the generation at the next token.
+pub struct TurnStream {
+    events: Pin<Box<dyn Stream<Item = Result<TurnEvent, Error>> + Send>>,
+    progress: Arc<Progress>,
+}
+
+/// What a running turn has cost so far, readable while it runs and when nobody reads its events any more.
+#[derive(Debug, Default)]
+pub struct Progress {
+    prompt: AtomicUsize,
+    cached: AtomicUsize,
+    completion: AtomicUsize,
+}
+
+// === impl TurnStream ===
+
+impl TurnStream {
+    /// Pairs events with the progress that their source keeps.
+    pub fn new(events: impl Stream<Item = Result<TurnEvent, Error>> + Send + 'static, progress: Arc<Progress>) -> Self {
+        Self {
+            events: Box::pin(events),
+            progress,
+        }
+    }
+
+    /// What the turn has cost so far.
+    pub fn usage(&self) -> Usage {
+        self.progress.get()
+    }
+
+    /// The same, for somebody who has the stream no more.
+    pub fn progress(&self) -> Arc<Progress> {
+        self.progress.clone()
+    }
+}
+
+impl Stream for TurnStream {
+    type Item = Result<TurnEvent, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.events.as_mut().poll_next(cx)
+    }
+}
+
+// === impl Progress ===
+
+impl Progress {
+    /// The present figures.
+    pub fn get(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt.load(Ordering::Relaxed),
+            cached_tokens: self.cached.load(Ordering::Relaxed),
+            completion_tokens: self.completion.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Replaces the figures.
+    pub fn set(&self, usage: Usage) {
+        self.prompt.store(usage.prompt_tokens, Ordering::Relaxed);
+        self.cached.store(usage.cached_tokens, Ordering::Relaxed);
+        self.completion.store(usage.completion_tokens, Ordering::Relaxed);
+    }
+}

@@ -5,7 +5,7 @@ mod chat;
 mod check;
 mod client;
 mod key;
-mod model;
+pub mod model;
 mod serve;
 
 use std::path::PathBuf;

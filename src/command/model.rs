@@ -72,7 +72,7 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
 /// # Errors
 /// A text for the operator.
 #[cfg(feature = "mistral")]
-pub(super) async fn load(model: &config::Model) -> Result<Electron, String> {
+pub async fn load(model: &config::Model) -> Result<Electron, String> {
     use crate::engine::mistral::{MistralEngine, Settings};
     let wanted = model.source.clone();
     let source = tokio::task::spawn_blocking(move || resolve(&wanted))
@@ -97,7 +97,7 @@ pub(super) async fn load(model: &config::Model) -> Result<Electron, String> {
 /// # Errors
 /// Always.
 #[cfg(not(feature = "mistral"))]
-pub(super) async fn load(_model: &config::Model) -> Result<Electron, String> {
+pub async fn load(_model: &config::Model) -> Result<Electron, String> {
     Err("this build has no engine; build with the feature `mistral`".into())
 }
 

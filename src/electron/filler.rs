@@ -3,39 +3,12 @@
 //! A caller who hears nothing for a second thinks the line is dead. So a voice agent says a short phrase before it calls a
 //! tool. Whether an agent is one, its system prompt tells, in whatever language that is written.
 
+use std::{collections::BTreeMap, sync::LazyLock};
+
+use rand::{SeedableRng, rngs::StdRng, seq::IteratorRandom};
+use serde::Deserialize;
+
 use super::language::{Language, Patterns};
-use rand::SeedableRng;
-use rand::rngs::StdRng;
-use rand::seq::IteratorRandom;
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::sync::LazyLock;
-
-/// When a turn that calls tools begins with something spoken.
-#[derive(Deserialize, Serialize, Clone, Copy, Debug, PartialEq, Eq, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum FillerPolicy {
-    /// When the system prompt is written for a voice agent.
-    #[default]
-    Auto,
-    /// In every such turn.
-    Always,
-    /// In none: content stays empty beside tool calls.
-    Never,
-}
-
-// === impl FillerPolicy ===
-
-impl FillerPolicy {
-    /// Whether turns under this system prompt get a filler.
-    pub fn is_on(self, system_prompt: Option<&str>) -> bool {
-        match self {
-            FillerPolicy::Auto => system_prompt.is_some_and(is_voice_prompt),
-            FillerPolicy::Always => true,
-            FillerPolicy::Never => false,
-        }
-    }
-}
 
 /// Where in a turn a phrase is spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -556,24 +529,6 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_overrides_the_prompt() {
-        let (voice, ordinary) = (Some("You are a phone agent."), Some("You are a helpful assistant."));
-        assert!(FillerPolicy::default().is_on(voice));
-        assert!(!FillerPolicy::Auto.is_on(ordinary));
-        assert!(!FillerPolicy::Auto.is_on(None));
-        assert!(FillerPolicy::Always.is_on(None));
-        assert!(!FillerPolicy::Never.is_on(voice));
-        assert_eq!(
-            serde_json::to_string(&FillerPolicy::Always).expect("a name"),
-            r#""always""#
-        );
-        assert_eq!(
-            serde_json::from_str::<FillerPolicy>(r#""never""#).expect("a policy"),
-            FillerPolicy::Never
-        );
-    }
-
-    #[test]
     fn the_book_is_complete() {
         let tables: BTreeMap<String, Entry> = toml::from_str(include_str!("phrases.toml")).expect("a book");
         assert_eq!(tables.len(), Language::all().count(), "a table without a code in CODES");
@@ -602,6 +557,9 @@ mod tests {
             }
             for wording in entry.voice_prompt.iter().chain(&entry.hint) {
                 assert_eq!(*wording, wording.to_lowercase(), "{code}");
+            }
+            for stem in entry.words.split_whitespace().filter_map(|word| word.strip_suffix('*')) {
+                assert!(stem.chars().count() >= 3, "{code}: {stem}* would match too much");
             }
             for phrase in entry.first.iter().chain(&entry.chained).chain(&entry.still_waiting) {
                 assert!(

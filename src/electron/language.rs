@@ -6,11 +6,11 @@
 //! words listed in the phrase book, and, from three words on, what `whatlang` says. Where the sum decides nothing, older
 //! utterances join it, and then the system prompt.
 
-use super::filler;
-use std::collections::HashMap;
-use std::fmt;
-use std::sync::LazyLock;
+use std::{collections::HashMap, fmt, ops::Range, sync::LazyLock};
+
 use whatlang::{Detector, Lang};
+
+use super::filler;
 
 /// The codes in the order that breaks ties: where two languages cannot be told apart, the one with more callers comes first.
 const CODES: [&str; 70] = [
@@ -142,6 +142,10 @@ fn tail(text: &str, bytes: usize) -> &str {
 /// Below this the evidence is no more than a name or a loan word could give.
 const ENOUGH: f32 = 0.9;
 
+/// The most that a Latin word of a few bytes is worth when it stands alone, because names and exclamations are such words.
+const GUESS: f32 = 0.8;
+const SHORT_WORD: usize = 3;
+
 /// Below this it is not even a guess.
 const HARDLY_ANY: f32 = 0.61;
 
@@ -233,7 +237,10 @@ fn evidence(text: &str) -> Scores {
             scores.add(&by_letters(text, letters));
             scores.add(&by_words(&words));
             scores.add(&by_statistics(text, &words));
-            scores
+            match &words[..] {
+                [word] if letters == Letters::Latin && word.len() <= SHORT_WORD => scores.capped(GUESS),
+                _ => scores,
+            }
         }
         None => Scores::NONE,
     }
@@ -534,6 +541,12 @@ struct Lexicon {
     stems: HashMap<String, Shares>,
 }
 
+/// What a word without its accents is worth, against 1 for a word as listed.
+const WITHOUT_ACCENTS: f32 = 0.6;
+
+/// How much less a word says the more languages have it: with two of them each still gets two thirds.
+const RARITY: f32 = 0.6;
+
 static LEXICON: LazyLock<Lexicon> = LazyLock::new(|| {
     let mut words: HashMap<String, Shares> = HashMap::new();
     let mut stems: HashMap<String, Shares> = HashMap::new();
@@ -544,11 +557,11 @@ static LEXICON: LazyLock<Lexicon> = LazyLock::new(|| {
                 None => (listed, &mut words),
             };
             for exact in tokens(listed) {
-                // Without its accents a word is a weaker sign, and a short one is none, the less where accents abound.
+                // Short words lose their identity with their accents, and more so where most words have some.
                 let bare = fold(&exact);
                 let least = if matches!(language.code(), "vi" | "yo") { 5 } else { 3 };
                 if bare != exact && bare.chars().count() >= least {
-                    share(map.entry(bare).or_default(), language, 0.6);
+                    share(map.entry(bare).or_default(), language, WITHOUT_ACCENTS);
                 }
                 share(map.entry(exact).or_default(), language, 1.0);
             }
@@ -557,7 +570,7 @@ static LEXICON: LazyLock<Lexicon> = LazyLock::new(|| {
     for shares in words.values_mut().chain(stems.values_mut()) {
         let sharers: f32 = shares.iter().map(|(_, weight)| weight).sum();
         for (_, weight) in shares {
-            *weight *= sharers.max(1.0).powf(-0.6);
+            *weight *= sharers.max(1.0).powf(-RARITY);
         }
     }
     Lexicon { words, stems }
@@ -582,8 +595,8 @@ fn by_words(words: &[String]) -> Scores {
         let Some(shortest) = word.char_indices().map(|(start, _)| start).chain([word.len()]).nth(3) else {
             continue;
         };
-        let stems = (shortest..=word.len()).rev().filter_map(|end| word.get(..end));
-        if let Some(shares) = stems.into_iter().find_map(|stem| LEXICON.stems.get(stem)) {
+        let mut stems = (shortest..=word.len()).rev().filter_map(|end| word.get(..end));
+        if let Some(shares) = stems.find_map(|stem| LEXICON.stems.get(stem)) {
             scores.give_all(shares, factor);
         }
     }
@@ -647,6 +660,10 @@ fn whatlang_code(language: Language) -> Option<Lang> {
 const WORDS_FOR_STATISTICS: usize = 3;
 const WORDS_FOR_GOOD_STATISTICS: usize = 7;
 
+/// What whatlang's verdict counts for each word. Even on a long and clear sentence it stays a little below `ENOUGH`: it
+/// needs a letter or a word beside it, since of names and numbers it makes some language too.
+const STATISTICS_PER_WORD: f32 = 0.12;
+
 /// Languages so alike that statistics on a sentence hardly part them, or of which whatlang knows only the first. The other
 /// gets a share of what is found for one.
 const TWINS: [(&str, &str, f32); 5] = [
@@ -666,7 +683,8 @@ fn by_statistics(text: &str, words: &[String]) -> Scores {
     if let Some(info) = DETECTOR.detect(text)
         && let Some(language) = Language::all().find(|language| whatlang_code(*language) == Some(info.lang()))
     {
-        let weight = (0.06 + 0.06 * info.confidence() as f32) * count.min(WORDS_FOR_GOOD_STATISTICS) as f32;
+        let sureness = (1.0 + info.confidence() as f32) / 2.0;
+        let weight = STATISTICS_PER_WORD * sureness * count.min(WORDS_FOR_GOOD_STATISTICS) as f32;
         scores.give(language, weight);
         for (one, other, part) in TWINS {
             if language.code() == one {
@@ -741,7 +759,7 @@ fn requested(prompt: &str, fits: impl Fn(&Language) -> bool) -> Option<Language>
         .map(|(_, language)| language)
 }
 
-fn is_asked_for(tokens: &[String], name: std::ops::Range<usize>) -> bool {
+fn is_asked_for(tokens: &[String], name: Range<usize>) -> bool {
     let sentence_start = tokens[..name.start]
         .iter()
         .rposition(|token| token.is_empty())
@@ -975,7 +993,7 @@ impl<T: Copy> Patterns<T> {
     }
 
     /// Where the wordings stand among `tokens`, in order, and what they mean.
-    fn find(&self, tokens: &[String]) -> impl Iterator<Item = (std::ops::Range<usize>, T)> {
+    fn find(&self, tokens: &[String]) -> impl Iterator<Item = (Range<usize>, T)> {
         tokens
             .iter()
             .enumerate()
@@ -1065,6 +1083,10 @@ mod tests {
                 "yes please",
                 "my package hasn't arrived yet",
                 "what's the weather like in Boston",
+                "i lost my credit card",
+                "do you have a table for two tonight",
+                "the internet has been down since yesterday",
+                "sorry who am i speaking with",
             ],
         ),
         (
@@ -1076,6 +1098,10 @@ mod tests {
                 "buenas tardes",
                 "no me ha llegado el paquete",
                 "podria hablar con alguien por favor",
+                "se me ha perdido la tarjeta",
+                "tienen mesa para dos esta noche",
+                "desde ayer no me funciona internet",
+                "con quién hablo",
             ],
         ),
         (
@@ -1087,6 +1113,10 @@ mod tests {
                 "bonjour madame",
                 "ca coute combien",
                 "je n'ai pas recu ma facture",
+                "j'ai perdu ma carte bancaire",
+                "avez-vous une table pour deux ce soir",
+                "internet ne marche plus depuis hier",
+                "à qui ai-je l'honneur",
             ],
         ),
         (
@@ -1098,6 +1128,10 @@ mod tests {
                 "guten tag",
                 "mein paket ist noch nicht da",
                 "können Sie mir bitte weiterhelfen",
+                "ich habe meine karte verloren",
+                "haben sie heute abend noch einen tisch frei",
+                "seit gestern geht mein internet nicht",
+                "mit wem spreche ich",
             ],
         ),
         (
@@ -1109,6 +1143,10 @@ mod tests {
                 "buongiorno",
                 "non ho ancora ricevuto il pacco",
                 "a che ora aprite domani",
+                "ho perso la mia carta",
+                "avete un tavolo per due stasera",
+                "da ieri non funziona internet",
+                "con chi parlo",
             ],
         ),
         (
@@ -1120,6 +1158,10 @@ mod tests {
                 "boa tarde",
                 "nao recebi a encomenda ainda",
                 "você pode me ajudar com a fatura",
+                "perdi o meu cartão",
+                "tem mesa para dois hoje à noite",
+                "desde ontem a internet não funciona",
+                "com quem eu falo",
             ],
         ),
         (
@@ -1131,6 +1173,10 @@ mod tests {
                 "goedemorgen",
                 "mijn pakje is nog niet geleverd",
                 "kunt u mij helpen met de rekening",
+                "ik ben mijn pas kwijt",
+                "heeft u vanavond nog een tafel voor twee",
+                "sinds gisteren doet mijn internet het niet",
+                "met wie spreek ik",
             ],
         ),
         (
@@ -1141,6 +1187,10 @@ mod tests {
                 "a quina hora obriu",
                 "bon dia",
                 "encara no he rebut el paquet",
+                "he perdut la targeta",
+                "teniu taula per a dos aquesta nit",
+                "des d'ahir no em funciona internet",
+                "amb qui parlo",
             ],
         ),
         (
@@ -1151,6 +1201,8 @@ mod tests {
                 "आप कल कितने बजे खोलते हैं",
                 "मेरा पार्सल अभी तक नहीं आया",
                 "mera order kahan hai",
+                "मेरा कार्ड खो गया है",
+                "कल से इंटरनेट नहीं चल रहा",
             ],
         ),
         (
@@ -1187,6 +1239,8 @@ mod tests {
                 "मला अपॉइंटमेंट बदलायची आहे",
                 "तुम्ही उद्या किती वाजता उघडता",
                 "माझं पार्सल अजून आलं नाही",
+                "माझं कार्ड हरवलं आहे",
+                "कालपासून इंटरनेट बंद आहे",
             ],
         ),
         (
@@ -1231,6 +1285,8 @@ mod tests {
                 "مجھے اپائنٹمنٹ تبدیل کرنی ہے",
                 "آپ کل کتنے بجے کھولتے ہیں",
                 "جی ہاں شکریہ",
+                "میرا کارڈ گم ہو گیا ہے",
+                "کل سے انٹرنیٹ نہیں چل رہا",
             ],
         ),
         (
@@ -1241,6 +1297,10 @@ mod tests {
                 "o której jutro otwieracie",
                 "dzień dobry",
                 "moja paczka jeszcze nie dotarła",
+                "zgubiłam kartę",
+                "czy jest wolny stolik na dziś wieczór",
+                "od wczoraj nie działa mi internet",
+                "z kim rozmawiam",
             ],
         ),
         (
@@ -1251,6 +1311,10 @@ mod tests {
                 "во сколько вы завтра открываетесь",
                 "добрый день",
                 "посылка до сих пор не пришла",
+                "я потеряла карту",
+                "есть ли столик на двоих на сегодня",
+                "со вчерашнего дня не работает интернет",
+                "с кем я разговариваю",
             ],
         ),
         (
@@ -1261,6 +1325,10 @@ mod tests {
                 "о котрій ви завтра відчиняєтеся",
                 "добрий день",
                 "посилка досі не прийшла",
+                "я загубила картку",
+                "чи є столик на двох на сьогодні",
+                "з учора не працює інтернет",
+                "з ким я розмовляю",
             ],
         ),
         (
@@ -1271,6 +1339,10 @@ mod tests {
                 "а якой гадзіне вы заўтра адчыняецеся",
                 "добры дзень",
                 "пасылка яшчэ не прыйшла",
+                "я згубіла картку",
+                "ці ёсць столік на дваіх на сёння",
+                "з учорашняга дня не працуе інтэрнэт",
+                "з кім я размаўляю",
             ],
         ),
         (
@@ -1281,6 +1353,10 @@ mod tests {
                 "v kolik zítra otevíráte",
                 "dobrý den",
                 "balík mi ještě nepřišel",
+                "ztratila jsem kartu",
+                "máte na dnes večer volný stůl",
+                "od včerejška mi nefunguje internet",
+                "s kým mluvím",
             ],
         ),
         (
@@ -1291,6 +1367,10 @@ mod tests {
                 "o koľkej zajtra otvárate",
                 "dobrý deň",
                 "balík mi ešte neprišiel",
+                "stratila som kartu",
+                "máte na dnes večer voľný stôl",
+                "od včera mi nefunguje internet",
+                "s kým hovorím",
             ],
         ),
         (
@@ -1301,6 +1381,10 @@ mod tests {
                 "la ce oră deschideți mâine",
                 "bună ziua",
                 "nu am primit inca pachetul",
+                "mi-am pierdut cardul",
+                "aveți o masă pentru două persoane diseară",
+                "de ieri nu îmi merge internetul",
+                "cu cine vorbesc",
             ],
         ),
         (
@@ -1311,6 +1395,10 @@ mod tests {
                 "mikor nyitnak ki holnap",
                 "jó napot kívánok",
                 "még nem érkezett meg a csomagom",
+                "elvesztettem a kártyámat",
+                "van szabad asztaluk ma estére",
+                "tegnap óta nem működik az internet",
+                "kivel beszélek",
             ],
         ),
         (
@@ -1321,6 +1409,10 @@ mod tests {
                 "в колко часа отваряте утре",
                 "добър ден",
                 "пратката още не е пристигнала",
+                "загубих си картата",
+                "имате ли маса за двама за тази вечер",
+                "от вчера не ми работи интернетът",
+                "с кого говоря",
             ],
         ),
         (
@@ -1331,6 +1423,10 @@ mod tests {
                 "u koliko sati sutra otvarate",
                 "paket mi još nije stigao",
                 "što mogu učiniti",
+                "izgubila sam karticu",
+                "imate li stol za dvoje večeras",
+                "od jučer mi ne radi internet",
+                "s kim razgovaram",
             ],
         ),
         (
@@ -1341,6 +1437,10 @@ mod tests {
                 "у колико сати сутра отварате",
                 "пакет ми још није стигао",
                 "gde je moja porudžbina",
+                "изгубила сам картицу",
+                "имате ли сто за двоје вечерас",
+                "од јуче ми не ради интернет",
+                "с ким разговарам",
             ],
         ),
         (
@@ -1351,6 +1451,10 @@ mod tests {
                 "ob kateri uri jutri odprete",
                 "dober dan",
                 "paket še ni prispel",
+                "izgubila sem kartico",
+                "imate nocoj prosto mizo za dva",
+                "od včeraj mi ne dela internet",
+                "s kom govorim",
             ],
         ),
         (
@@ -1361,6 +1465,10 @@ mod tests {
                 "во колку часот отворате утре",
                 "добар ден, ми треба помош",
                 "пакетот уште не пристигна",
+                "ја загубив картичката",
+                "имате ли маса за двајца вечерва",
+                "од вчера не ми работи интернетот",
+                "со кого зборувам",
             ],
         ),
         (
@@ -1371,6 +1479,10 @@ mod tests {
                 "në çfarë ore hapeni nesër",
                 "mirëdita",
                 "pakoja ende nuk ka ardhur",
+                "kam humbur kartën",
+                "a keni tavolinë për dy sonte",
+                "që nga dje nuk më punon interneti",
+                "me kë po flas",
             ],
         ),
         (
@@ -1381,6 +1493,10 @@ mod tests {
                 "mis kell te homme avate",
                 "tere päevast",
                 "pakk ei ole veel kohale jõudnud",
+                "kaotasin oma kaardi ära",
+                "kas teil on täna õhtuks vaba lauda",
+                "alates eilsest ei tööta mul internet",
+                "kellega ma räägin",
             ],
         ),
         (
@@ -1391,6 +1507,10 @@ mod tests {
                 "cikos jūs rīt atverat",
                 "labdien",
                 "paka vēl nav pienākusi",
+                "es pazaudēju savu karti",
+                "vai jums ir brīvs galdiņš šovakar",
+                "kopš vakardienas man nedarbojas internets",
+                "ar ko es runāju",
             ],
         ),
         (
@@ -1401,6 +1521,10 @@ mod tests {
                 "kelintą valandą rytoj atidarote",
                 "laba diena",
                 "siuntinys dar neatvyko",
+                "pamečiau kortelę",
+                "ar turite laisvą staliuką šiam vakarui",
+                "nuo vakar neveikia internetas",
+                "su kuo aš kalbu",
             ],
         ),
         (
@@ -1411,6 +1535,10 @@ mod tests {
                 "när öppnar ni imorgon",
                 "tack så mycket",
                 "paketet har inte kommit än",
+                "jag har tappat bort mitt kort",
+                "har ni ett bord för två ikväll",
+                "internet har inte fungerat sedan igår",
+                "vem pratar jag med",
             ],
         ),
         (
@@ -1421,6 +1549,10 @@ mod tests {
                 "når åpner dere i morgen",
                 "pakken har ikke kommet ennå",
                 "kan du hjelpe meg med noe",
+                "jeg har mistet kortet mitt",
+                "har dere et bord til to i kveld",
+                "internett har ikke virket siden i går",
+                "hvem snakker jeg med",
             ],
         ),
         (
@@ -1431,6 +1563,10 @@ mod tests {
                 "hvornår åbner I i morgen",
                 "pakken er ikke kommet endnu",
                 "kan du hjælpe mig med noget",
+                "jeg har mistet mit kort",
+                "har I et bord til to i aften",
+                "internettet har ikke virket siden i går",
+                "hvem taler jeg med",
             ],
         ),
         (
@@ -1441,6 +1577,10 @@ mod tests {
                 "mihin aikaan avaatte huomenna",
                 "hyvää päivää",
                 "paketti ei ole vielä tullut",
+                "olen kadottanut korttini",
+                "onko teillä pöytää kahdelle täksi illaksi",
+                "netti ei ole toiminut eilisestä lähtien",
+                "kenen kanssa puhun",
             ],
         ),
         (
@@ -1451,6 +1591,10 @@ mod tests {
                 "hvenær opnið þið á morgun",
                 "góðan daginn",
                 "pakkinn er ekki kominn enn",
+                "ég týndi kortinu mínu",
+                "eigið þið borð fyrir tvo í kvöld",
+                "netið hefur ekki virkað síðan í gær",
+                "við hvern tala ég",
             ],
         ),
         (
@@ -1470,6 +1614,10 @@ mod tests {
                 "yarın saat kaçta açıyorsunuz",
                 "iyi günler",
                 "kargom daha gelmedi",
+                "kartımı kaybettim",
+                "bu akşam iki kişilik masanız var mı",
+                "dünden beri internetim çalışmıyor",
+                "kiminle görüşüyorum",
             ],
         ),
         (
@@ -1480,6 +1628,9 @@ mod tests {
                 "متى تفتحون غداً",
                 "لم يصل الطرد بعد",
                 "مرحبا كيف حالك",
+                "فقدت بطاقتي",
+                "هل عندكم طاولة لشخصين الليلة",
+                "الإنترنت لا يعمل منذ أمس",
             ],
         ),
         (
@@ -1499,6 +1650,9 @@ mod tests {
                 "فردا ساعت چند باز می‌کنید",
                 "بسته هنوز نرسیده است",
                 "سلام خسته نباشید",
+                "کارتم را گم کرده‌ام",
+                "برای امشب میز دو نفره دارید",
+                "از دیروز اینترنتم قطع است",
             ],
         ),
         (
@@ -1509,6 +1663,10 @@ mod tests {
                 "hûn sibê saet çend vedikin",
                 "pakêta min hîn nehatiye",
                 "داواکارییەکەم لە کوێیە",
+                "min karta xwe winda kir",
+                "ji bo îşev maseya du kesan heye",
+                "ji duh ve înterneta min naxebite",
+                "ez bi kê re dipeyivim",
             ],
         ),
         (
@@ -1555,6 +1713,10 @@ mod tests {
                 "би цагаа өөрчлөх гэсэн юм",
                 "маргааш хэдэн цагт нээх вэ",
                 "илгээмж ирээгүй байна",
+                "би картаа гээчихлээ",
+                "өнөө орой хоёр хүний ширээ бий юу",
+                "өчигдрөөс хойш интернэт ажиллахгүй байна",
+                "би хэнтэй ярьж байна",
             ],
         ),
         (
@@ -1565,6 +1727,10 @@ mod tests {
                 "ngày mai mấy giờ mở cửa",
                 "xin chào",
                 "gói hàng vẫn chưa tới",
+                "tôi bị mất thẻ",
+                "tối nay còn bàn cho hai người không",
+                "mạng của tôi hỏng từ hôm qua",
+                "tôi đang nói chuyện với ai",
             ],
         ),
         ("th", &["ออเดอร์ของฉันอยู่ที่ไหน", "อยากเปลี่ยนเวลานัด", "พรุ่งนี้เปิดกี่โมง", "ใช่ค่ะ"]),
@@ -1576,6 +1742,10 @@ mod tests {
                 "besok buka jam berapa",
                 "paket saya belum sampai juga",
                 "bisa bantu saya nggak",
+                "kartu saya hilang",
+                "apakah ada meja untuk dua orang malam ini",
+                "internet saya mati sejak kemarin",
+                "saya bicara dengan siapa",
             ],
         ),
         (
@@ -1586,6 +1756,10 @@ mod tests {
                 "esok buka pukul berapa",
                 "bungkusan saya belum sampai lagi",
                 "boleh tolong saya tak",
+                "kad saya hilang",
+                "ada meja kosong untuk dua orang malam ini tak",
+                "internet saya tak jalan sejak semalam",
+                "saya bercakap dengan siapa",
             ],
         ),
         (
@@ -1596,6 +1770,10 @@ mod tests {
                 "anong oras kayo magbubukas bukas",
                 "hindi pa dumarating ang pakete",
                 "magandang umaga po",
+                "nawala po ang card ko",
+                "may mesa pa ba kayo para sa dalawa mamayang gabi",
+                "wala kaming internet simula kahapon",
+                "sino po ang kausap ko",
             ],
         ),
         (
@@ -1616,6 +1794,8 @@ mod tests {
                 "म अपोइन्टमेन्ट सार्न चाहन्छु",
                 "भोलि कति बजे खोल्नुहुन्छ",
                 "मेरो सामान अझै आएको छैन",
+                "मेरो कार्ड हरायो",
+                "हिजोदेखि इन्टरनेट चलेको छैन",
             ],
         ),
         (
@@ -1629,6 +1809,10 @@ mod tests {
                 "мен жазылуымды өзгерткім келеді",
                 "ертең сағат нешеде ашыласыздар",
                 "сәлемдеме әлі келген жоқ",
+                "картамды жоғалтып алдым",
+                "бүгін кешке екі адамға үстел бар ма",
+                "кешеден бері интернет істемей тұр",
+                "мен кіммен сөйлесіп тұрмын",
             ],
         ),
         (
@@ -1639,6 +1823,10 @@ mod tests {
                 "ertaga soat nechada ochasizlar",
                 "posilka hali yetib kelmadi",
                 "менинг буюртмам қаерда",
+                "kartamni yo'qotib qo'ydim",
+                "bugun kechqurun ikki kishilik stol bormi",
+                "kechadan beri internetim ishlamayapti",
+                "men kim bilan gaplashyapman",
             ],
         ),
         (
@@ -1648,6 +1836,10 @@ mod tests {
                 "ningependa kubadilisha miadi yangu",
                 "kesho mnafungua saa ngapi",
                 "kifurushi changu bado hakijafika",
+                "nimepoteza kadi yangu",
+                "mna meza ya watu wawili leo usiku",
+                "mtandao wangu haufanyi kazi tangu jana",
+                "naongea na nani",
             ],
         ),
         ("am", &["ትእዛዜ የት ነው", "ቀጠሮዬን መቀየር እፈልጋለሁ", "ነገ ስንት ሰዓት ትከፍታላችሁ", "አዎ"]),
@@ -1659,6 +1851,10 @@ mod tests {
                 "hoe laat maak julle môre oop",
                 "my pakkie het nog nie gekom nie",
                 "goeie môre",
+                "ek het my kaart verloor",
+                "het julle vanaand 'n tafel vir twee",
+                "my internet werk nie sedert gister nie",
+                "met wie praat ek",
             ],
         ),
         (
@@ -1668,6 +1864,10 @@ mod tests {
                 "mo fẹ́ yí àkókò ìpàdé mi padà",
                 "aago mélòó ni ẹ máa ṣí lọ́la",
                 "ẹ káàárọ̀, mo fẹ́ bá yín sọ̀rọ̀",
+                "mo ti sọ káàdì mi nù",
+                "ṣé ẹ ní tábìlì fún ènìyàn méjì lálẹ́ yìí",
+                "láti àná ni íńtánẹ́ẹ̀tì mi kò ti ṣiṣẹ́",
+                "ta ni mò ń bá sọ̀rọ̀",
             ],
         ),
         (
@@ -1677,6 +1877,10 @@ mod tests {
                 "ina so in canza lokacin ganawa",
                 "ƙarfe nawa kuke buɗewa gobe",
                 "kayana ba su iso ba har yanzu",
+                "na rasa katina",
+                "kuna da tebur na mutum biyu a daren yau",
+                "tun jiya intanet dina ba ya aiki",
+                "da wa nake magana",
             ],
         ),
         (
@@ -1686,6 +1890,10 @@ mod tests {
                 "ngifuna ukushintsha isikhathi sami",
                 "nivula ngasikhathi sini kusasa",
                 "iphakheji lami alikafiki",
+                "ngilahlekelwe yikhadi lami",
+                "ninalo yini itafula labantu ababili kusihlwa",
+                "i-inthanethi yami ayisebenzi kusukela izolo",
+                "ngikhuluma nobani",
             ],
         ),
     ];
@@ -1770,6 +1978,11 @@ mod tests {
                 );
             }
         }
+        assert_eq!(
+            detect(["да"].into_iter(), Some("You are a helpful agent.")).code(),
+            "ru"
+        );
+        assert_eq!(detect(["я"].into_iter(), Some("Ти ввічливий помічник.")).code(), "uk");
         assert_eq!(detect([].into_iter(), None), Language::ENGLISH);
         assert_eq!(
             detect(["ok", "12345", "Max Müller"].into_iter(), None),

@@ -30,9 +30,12 @@ pub trait TokenEngine: Send + Sync + 'static {
     /// [`Error::Overloaded`] when the queue is full or the engine is not ready.
     fn generate(&self, generation: Generation) -> Result<Tokens, Error>;
 
-    /// Queues the prefill of a prompt that a later generation will extend, behind every waiting generation. The token
-    /// stops it. Best effort: a full queue drops it.
-    fn warm(&self, prompt: Vec<u32>, stop: CancellationToken);
+    /// Queues the prefill of a prompt that a later generation will extend, behind every waiting generation. It yields
+    /// [`TokenEvent::Started`] and, once the whole prompt is in the prefix cache, [`TokenEvent::Finished`].
+    ///
+    /// # Errors
+    /// As [`TokenEngine::generate`].
+    fn warm(&self, prompt: Vec<u32>) -> Result<Tokens, Error>;
 
     /// Whether generations are likely to succeed now.
     fn readiness(&self) -> Readiness;

@@ -20,10 +20,10 @@ use std::{
 };
 
 use mistralrs_core::{
-    Constraint, CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder, NormalRequest, Request,
-    RequestMessage, Response, SamplingParams, SchedulerConfig, StopTokens,
+    Constraint, CustomLogitsProcessor, DefaultSchedulerMethod, MistralRs, MistralRsBuilder, NormalRequest, Pipeline,
+    Request, RequestMessage, Response, SamplingParams, SchedulerConfig, StopTokens,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -72,11 +72,24 @@ struct State {
 /// A piece of work for the engine.
 enum Job {
     Turn(Box<Generation>, Events, CancellationToken),
-    WarmUp {
-        prompt: Vec<u32>,
-        done: usize,
-        stop: CancellationToken,
-    },
+    WarmUp(WarmUp),
+}
+
+/// A prompt to compute in advance.
+struct WarmUp {
+    prompt: Vec<u32>,
+    /// Tokens that earlier steps have computed.
+    done: usize,
+    /// Who waits for it, if somebody does; without, it restores what the cache lost.
+    asked_by: Option<(Events, CancellationToken)>,
+}
+
+impl WarmUp {
+    fn tell(&self, event: TokenEvent) {
+        if let Some((events, _)) = &self.asked_by {
+            let _ = events.try_send(Ok(event));
+        }
+    }
 }
 
 /// How long no caller must have come before a warm-up starts: clients that send turn after turn without a pause
@@ -123,7 +136,9 @@ impl MistralEngine {
                 },
             }
         };
-        let engine = MistralRsBuilder::new(pipeline, method, false, None).build().await;
+        let engine = MistralRsBuilder::new(pipeline.clone(), method, false, None)
+            .build()
+            .await;
         let queue = Arc::new(Queue::new(settings.queue, QUIET));
         let (readiness, _) = watch::channel(Readiness::NotReady("the model has not answered yet".into()));
         let state = Arc::new(State {
@@ -138,6 +153,7 @@ impl MistralEngine {
         };
         let dispatcher = Dispatcher {
             engine,
+            pipeline,
             queue: queue.clone(),
             state: state.clone(),
             slots: Arc::new(Semaphore::new(slots)),
@@ -149,6 +165,19 @@ impl MistralEngine {
         };
         tokio::spawn(Arc::new(dispatcher).run());
         Ok(Self { info, queue, state })
+    }
+
+    fn check_ready(&self) -> Result<(), Error> {
+        match self.readiness() {
+            Readiness::Ready => Ok(()),
+            Readiness::NotReady(why) => {
+                let message = format!("The model is not ready: {why}.").into();
+                Err(Error::Overloaded {
+                    message,
+                    retry_after: RETRY_AFTER,
+                })
+            }
+        }
     }
 
     /// Waits until the model has answered a first token.
@@ -174,26 +203,27 @@ impl TokenEngine for MistralEngine {
     }
 
     fn generate(&self, generation: Generation) -> Result<Tokens, Error> {
-        if let Readiness::NotReady(why) = self.readiness() {
-            return Err(Error::Overloaded {
-                message: format!("The model is not ready: {why}.").into(),
-                retry_after: RETRY_AFTER,
-            });
-        }
+        self.check_ready()?;
         // Room for every event of the generation: start, tokens, end. The engine's thread never waits for a reader, and
         // memory is taken as tokens come.
         let (events, receiver) = mpsc::channel(generation.max_tokens + 3);
         let cancel = CancellationToken::new();
         let job = Job::Turn(Box::new(generation), events, cancel.clone());
-        self.queue.push(job).map_err(|_| Error::Overloaded {
-            message: "Every place in the queue is taken. Try again in a moment.".into(),
-            retry_after: RETRY_AFTER,
-        })?;
+        self.queue.push(job).map_err(|_| full())?;
         Ok(Tokens::new(receiver, cancel))
     }
 
-    fn warm(&self, prompt: Vec<u32>, stop: CancellationToken) {
-        let _ = self.queue.push(Job::WarmUp { prompt, done: 0, stop });
+    fn warm(&self, prompt: Vec<u32>) -> Result<Tokens, Error> {
+        self.check_ready()?;
+        let (events, receiver) = mpsc::channel(2);
+        let cancel = CancellationToken::new();
+        let warm_up = WarmUp {
+            prompt,
+            done: 0,
+            asked_by: Some((events, cancel.clone())),
+        };
+        self.queue.push(Job::WarmUp(warm_up)).map_err(|_| full())?;
+        Ok(Tokens::new(receiver, cancel))
     }
 
     fn readiness(&self) -> Readiness {
@@ -210,18 +240,29 @@ impl TokenEngine for MistralEngine {
     }
 }
 
+fn full() -> Error {
+    let message = "Every place in the queue is taken. Try again in a moment.".into();
+    Error::Overloaded {
+        message,
+        retry_after: RETRY_AFTER,
+    }
+}
+
 impl Waiting for Job {
     fn class(&self) -> Class {
         match self {
             Self::Turn(..) => Class::Turn,
-            Self::WarmUp { .. } => Class::WarmUp,
+            Self::WarmUp(_) => Class::WarmUp,
         }
     }
 
     fn is_abandoned(&self) -> bool {
         match self {
             Self::Turn(_, events, cancel) => events.is_closed() || cancel.is_cancelled(),
-            Self::WarmUp { stop, .. } => stop.is_cancelled(),
+            Self::WarmUp(warm_up) => warm_up
+                .asked_by
+                .as_ref()
+                .is_some_and(|(events, cancel)| events.is_closed() || cancel.is_cancelled()),
         }
     }
 }
@@ -235,6 +276,7 @@ impl State {
 /// The task that feeds the engine.
 struct Dispatcher {
     engine: Arc<MistralRs>,
+    pipeline: Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>,
     queue: Arc<Queue<Job>>,
     state: Arc<State>,
     slots: Arc<Semaphore>,
@@ -250,7 +292,10 @@ struct Dispatcher {
 
 impl Dispatcher {
     async fn run(self: Arc<Self>) {
-        self.try_out().await;
+        if let Err(why) = self.try_out().await {
+            tracing::error!(why, "the model did not answer");
+            self.state.readiness.send_replace(Readiness::NotReady(why));
+        }
         loop {
             let Ok(slot) = self.slots.clone().acquire_owned().await else {
                 return;
@@ -259,51 +304,62 @@ impl Dispatcher {
             let dispatcher = self.clone();
             self.state.running.fetch_add(1, Ordering::Relaxed);
             tokio::spawn(async move {
-                let outcome = dispatcher.perform(job, &slot).await;
+                let outcome = dispatcher.perform(job).await;
                 dispatcher.state.running.fetch_sub(1, Ordering::Relaxed);
-                drop(slot);
                 if let Err(why) = outcome {
                     dispatcher.recover(why).await;
                 }
+                drop(slot);
             });
         }
     }
 
     /// Generates one token; the server is ready when that works.
-    async fn try_out(&self) {
-        let outcome = self.prefill(self.first_token.clone()).await;
-        self.state.readiness.send_replace(match outcome {
-            Ok(()) => Readiness::Ready,
-            Err(why) => Readiness::NotReady(why),
-        });
+    async fn try_out(&self) -> Result<(), String> {
+        self.prefill(self.first_token.clone()).await?;
+        self.state.readiness.send_replace(Readiness::Ready);
+        Ok(())
     }
 
-    /// After the engine failed: nobody is served until it has answered again. The engine starts its thread anew when
-    /// something is sent to it.
+    /// After the engine failed: nobody is let in until it has answered again. It starts its thread anew when something is
+    /// sent to it, once the old one is gone.
     async fn recover(&self, why: String) {
-        tracing::error!(why, "the engine failed");
-        self.state.readiness.send_replace(Readiness::NotReady(why));
-        let Ok(_all) = self.slots.acquire_many(self.slot_count).await else {
-            return;
-        };
-        if self.state.readiness.borrow().clone() == Readiness::Ready {
+        const TRIES: u32 = 20;
+        let not_ready = Readiness::NotReady(format!("it failed ({why}) and is being restarted"));
+        if !self
+            .state
+            .readiness
+            .send_if_modified(|r| std::mem::replace(r, not_ready.clone()) == Readiness::Ready)
+        {
+            // Somebody else is at it.
             return;
         }
+        tracing::error!(why, "the engine failed");
         self.state.mirror().clear(0, 0);
-        self.try_out().await;
-        tracing::info!(readiness = ?*self.state.readiness.borrow(), "the engine was restarted");
+        for attempt in 1..=TRIES {
+            // The old thread holds the model until it has unwound.
+            drop(self.pipeline.lock().await);
+            match self.try_out().await {
+                Ok(()) => {
+                    tracing::warn!(attempt, "the engine was restarted");
+                    return;
+                }
+                Err(why) => tracing::debug!(attempt, why, "the engine does not answer yet"),
+            }
+            tokio::time::sleep(Duration::from_millis(100) * attempt).await;
+        }
+        tracing::error!("the engine could not be restarted; restart the server");
     }
 
     /// Does one piece of work. An error means that the engine is broken, not that the work was.
-    async fn perform(&self, job: Job, slot: &OwnedSemaphorePermit) -> Result<(), String> {
-        let _ = slot;
+    async fn perform(&self, job: Job) -> Result<(), String> {
         match job {
             Job::Turn(generation, events, cancel) => {
                 let outcome = self.generate(*generation, events, cancel).await;
                 self.queue.turn_ended();
                 outcome
             }
-            Job::WarmUp { prompt, done, stop } => self.warm(prompt, done, stop).await,
+            Job::WarmUp(warm_up) => self.warm(warm_up).await,
         }
     }
 
@@ -355,26 +411,32 @@ impl Dispatcher {
     }
 
     /// Computes the next step of a warm-up, and puts the rest back into the queue.
-    async fn warm(&self, prompt: Vec<u32>, done: usize, stop: CancellationToken) -> Result<(), String> {
-        let known = self.state.mirror().lookup(&prompt).max(done);
-        let end = (known + self.warm_up_step).min(prompt.len());
+    async fn warm(&self, mut warm_up: WarmUp) -> Result<(), String> {
+        let prompt = &warm_up.prompt;
+        let known = self.state.mirror().covers(prompt).max(warm_up.done);
+        if warm_up.done == 0 {
+            warm_up.tell(TokenEvent::Started {
+                at: Instant::now(),
+                cached_tokens: known,
+            });
+        }
+        let step = self.warm_up_step;
+        let end = (known + step).min(prompt.len());
         // What remains is too short to be worth a step of its own.
-        let end = if prompt.len() - end < self.warm_up_step / 4 {
+        let end = if prompt.len() - end < step / 4 {
             prompt.len()
         } else {
             end
         };
-        if end <= known {
-            return Ok(());
+        if end > known {
+            self.make_room(&prompt[..end]).await;
+            self.prefill(prompt[..end].to_vec()).await?;
         }
-        self.make_room(&prompt[..end]).await;
-        self.prefill(prompt[..end].to_vec()).await?;
-        if end < prompt.len() && !stop.is_cancelled() {
-            self.queue.put_back(Job::WarmUp {
-                prompt,
-                done: end,
-                stop,
-            });
+        if end < prompt.len() {
+            warm_up.done = end;
+            self.queue.put_back(Job::WarmUp(warm_up));
+        } else {
+            warm_up.tell(TokenEvent::Finished(TokenFinish::Length));
         }
         Ok(())
     }
@@ -419,11 +481,11 @@ impl Dispatcher {
         }
         for tokens in live {
             if !tokens.starts_with(prompt) && !prompt.starts_with(&tokens) {
-                let _ = self.queue.push(Job::WarmUp {
+                let _ = self.queue.push(Job::WarmUp(WarmUp {
                     prompt: tokens,
                     done: 0,
-                    stop: CancellationToken::new(),
-                });
+                    asked_by: None,
+                }));
             }
         }
     }

@@ -40,6 +40,15 @@ impl PrefixMirror {
         self.best(prompt).map_or(0, |(len, _)| len)
     }
 
+    /// How many tokens of this prompt are in the cache, though the prompt itself may not be served.
+    pub(super) fn covers(&self, prompt: &[u32]) -> usize {
+        self.entries
+            .iter()
+            .map(|entry| common(prompt, &entry.tokens))
+            .max()
+            .unwrap_or(0)
+    }
+
     /// The entry with the longest common prefix, the first of equals. None for a prompt that an entry wholly contains:
     /// there would be nothing left to compute, and the engine does not use the entry then.
     fn best(&self, prompt: &[u32]) -> Option<(usize, &Entry)> {

@@ -140,7 +140,7 @@ impl Error {
     pub fn param(&self) -> Option<String> {
         match self {
             Self::Invalid(faults) => faults.first().map(Fault::dotted).filter(|p| !p.is_empty()),
-            Self::ContextLength { .. } => Some("messages".into()),
+            Self::ContextLength { asked, .. } => Some(if asked.is_some() { "max_tokens" } else { "messages" }.into()),
             Self::ModelNotFound(_) => Some("model".into()),
             _ => None,
         }

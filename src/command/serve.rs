@@ -1,6 +1,6 @@
 //! `serve`: the server.
 
-use std::sync::Arc;
+use std::{io::Write, sync::Arc};
 
 use clap::Args;
 use tokio_util::sync::CancellationToken;
@@ -90,18 +90,21 @@ fn signals() -> Result<CancellationToken, String> {
     Ok(stop)
 }
 
-/// Tells what to type next.
+/// Tells what to type next. Whoever started the server may have closed its output, which is no reason to stop.
 fn announce(config: &Config, address: std::net::SocketAddr, key: Option<&str>) {
     let shown = key.unwrap_or("$ELECTRON_API_KEY");
     let name = &config.model.name;
-    println!("\nServing {name} ({}) on http://{address}", config.model.source);
-    if key.is_some() {
-        println!("The key of this run is {shown}; for keys that last: electron-gateway key create NAME");
-    }
-    println!(
-        "\nTry it:\n\n  curl http://{address}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\\n    \
+    let own = match key {
+        Some(key) => format!("The key of this run is {key}; for keys that last: electron-gateway key create NAME\n"),
+        None => String::new(),
+    };
+    let text = format!(
+        "\nServing {name} ({}) on http://{address}\n{own}\nTry it:\n\n  \
+         curl http://{address}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\\n    \
          -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Say hello.\"}}],\"max_tokens\":40}}'\n\n  \
-         electron-gateway chat --url http://{address} --key {shown}\n"
+         electron-gateway chat --url http://{address} --key {shown}\n\n",
+        config.model.source
     );
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }

@@ -108,7 +108,9 @@ impl<'a> Fields<'a> {
 
     pub(super) fn whole(&self, name: &'static str, range: RangeInclusive<i64>, faults: &mut Faults) -> Option<i64> {
         let value = self.get(name)?;
-        match value.as_i64() {
+        // JSON has one kind of number: 7.0 is whole.
+        let whole = |number: f64| (number.fract() == 0.0 && number.abs() < 9e15).then_some(number as i64);
+        match value.as_i64().or_else(|| whole(value.as_f64()?)) {
             Some(number) if range.contains(&number) => Some(number),
             _ => {
                 let allowed = match (*range.start(), *range.end()) {

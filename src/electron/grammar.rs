@@ -17,11 +17,14 @@ use super::form::{Form, Piece, pieces};
 use crate::{
     engine::{Flow, Guide, ModelInfo},
     error::{Error, Fault},
-    turn::{OutputFormat, Tool, ToolChoice, Turn},
+    turn::{Message, OutputFormat, Tool, ToolChoice, Turn},
 };
 
 /// Most calls in one turn.
 const MOST_CALLS: usize = 8;
+
+/// How results of tools are shown to a model without a form of its own, which it may imitate and nobody wants to hear.
+const RESPONSE: &str = "<tool_response>";
 
 /// Compiled grammars that are kept: agents use the same tools turn after turn.
 const KEPT: usize = 64;
@@ -48,8 +51,8 @@ pub struct Grammars {
 pub struct Plan {
     /// The guide.
     pub guide: TurnGuide,
-    /// Text that the answer has to begin with. It is computed as part of the prompt, which is faster than generating it.
-    pub opening: Option<&'static str>,
+    /// Tokens that the answer has to begin with. They are computed with the prompt, which is faster than generating them.
+    pub opening: Vec<u32>,
 }
 
 // === impl Grammars ===
@@ -111,25 +114,42 @@ impl Grammars {
             }
         };
         let vocabulary = &self.model.vocabulary;
-        let closers = ["}", "]", "\"", ","]
+        let opening = if forced && may_call {
+            vocabulary.encode(syntax.opening)?
+        } else {
+            Vec::new()
+        };
+        if opening.len() >= max_tokens {
+            return Err(Error::invalid(
+                "max_tokens",
+                "too few tokens for the tool call that tool_choice asks for",
+            ));
+        }
+        let token = |text: &str| vocabulary.token_of(text.as_bytes());
+        let has_calls = turn
+            .messages
             .iter()
-            .filter_map(|text| vocabulary.token_of(text.as_bytes()))
-            .collect();
+            .any(|message| matches!(message, Message::Tool { .. }));
+        let mut text = InString::default();
+        text.take(syntax.opening.as_bytes());
         let guide = TurnGuide {
             model: self.model.clone(),
             phase,
-            opening: (!turn.tools.is_empty()).then_some(syntax.opening),
+            opening: (has_calls || !turn.tools.is_empty()).then_some(syntax.opening),
             speaks,
-            closers,
+            quote: token("\""),
+            closers: ["}", "]", ",", "\""].into_iter().filter_map(token).collect(),
+            in_string: if matches!(self.form, Form::Llama3) {
+                text
+            } else {
+                InString::default()
+            },
             stops: turn.sampling.stop.iter().map(|s| s.as_bytes().to_vec()).collect(),
             tail: Vec::new(),
             used: 0,
-            left: max_tokens,
+            left: max_tokens - opening.len(),
         };
-        Ok(Plan {
-            guide,
-            opening: (forced && may_call).then_some(syntax.opening),
-        })
+        Ok(Plan { guide, opening })
     }
 
     /// What may follow the opening of a call.
@@ -137,25 +157,30 @@ impl Grammars {
         let chosen = chosen(turn);
         let compile =
             |tools: &[(usize, &Tool)], most| self.compile(&format!("start: calls\n{}", self.calls_rules(tools, most)));
+        for (at, tool) in &chosen {
+            self.check(&tool.parameters).map_err(|why| unusable(*at, tool, &why))?;
+        }
         compile(&chosen, most_calls(turn)).map_err(|why| {
             // The grammar of all tools does not say which one is at fault.
-            let faults = chosen.iter().filter_map(|(at, tool)| {
-                let fault = compile(&[(*at, *tool)], 1).err()?;
-                let path = ["tools".into(), (*at).into(), "function".into(), "parameters".into()];
-                Some(Fault::new(
-                    path,
-                    format!("The schema of `{}` cannot be used: {fault}", tool.name),
-                ))
-            });
-            let mut faults: Vec<Fault> = faults.collect();
-            if faults.is_empty() {
-                faults.push(Fault::new(
-                    ["tools".into()],
-                    format!("The schemas cannot be used together: {why}"),
-                ));
+            let fault = chosen
+                .iter()
+                .find_map(|(at, tool)| Some((*at, *tool, compile(&[(*at, *tool)], 1).err()?)));
+            match fault {
+                Some((at, tool, why)) => unusable(at, tool, &why),
+                None => Error::invalid("tools", format!("The schemas cannot be used together: {why}")),
             }
-            Error::Invalid(faults)
         })
+    }
+
+    /// Whether arguments can be written under a schema at all.
+    fn check(&self, parameters: &Value) -> Result<(), String> {
+        if let Some(kind) = parameters.get("type").filter(|kind| *kind != "object") {
+            return Err(format!(
+                "arguments are an object, so its type has to be object, not {kind}"
+            ));
+        }
+        self.compile(&format!("start: %json {}\n", compact(arguments_schema(parameters))))
+            .map(drop)
     }
 
     /// The rule `calls` of these tools and what it needs.
@@ -205,13 +230,29 @@ impl Grammars {
             return Ok(matcher.deep_clone());
         }
         let parser = self.factory.create_parser(TopLevelGrammar::from_lark(lark.to_owned()));
-        let matcher = Matcher::new(Ok(parser.map_err(|e| first_line(&e.to_string()))?));
+        let matcher = Matcher::new(Ok(parser.map_err(|e| readable(&e.to_string()))?));
+        self.try_out(matcher.deep_clone())?;
         let mut kept = self.lock();
         if kept.len() == KEPT {
             kept.pop_front();
         }
         kept.push_back((key, matcher.deep_clone()));
         Ok(matcher)
+    }
+
+    /// Follows a grammar for a few tokens: some compile, and then allow nothing or never come to an end.
+    fn try_out(&self, mut matcher: Matcher) -> Result<(), String> {
+        const STEPS: usize = 12;
+        for _ in 0..STEPS {
+            let mask = matcher.compute_mask_or_eos().map_err(|e| readable(&e.to_string()))?;
+            let ends = self.model.vocabulary.end_of_turn();
+            let token = mask.first_bit_set().ok_or("nothing is valid under it")? as u32;
+            if ends.iter().any(|end| mask.is_allowed(*end)) {
+                break;
+            }
+            matcher.consume_token(token).map_err(|e| readable(&e.to_string()))?;
+        }
+        Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(u64, Matcher)>> {
@@ -234,7 +275,9 @@ fn compact(mut schema: Value) -> String {
     if let Value::Object(map) = &mut schema {
         map.insert(
             "x-guidance".into(),
-            json!({"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": false}),
+            json!({"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": false,
+                   // Keywords that cannot be kept to, such as `not` or `uniqueItems`, are passed over.
+                   "lenient": true}),
         );
     }
     schema.to_string()
@@ -248,10 +291,7 @@ fn arguments_schema(parameters: &Value) -> Value {
         _ => json!({"properties": {}}),
     };
     if let Value::Object(map) = &mut schema {
-        let open = ["$ref", "anyOf", "oneOf", "allOf", "type"];
-        if !open.iter().any(|key| map.contains_key(*key)) {
-            map.insert("type".into(), "object".into());
-        }
+        map.entry("type").or_insert("object".into());
     }
     close_objects(&mut schema);
     schema
@@ -293,8 +333,45 @@ fn close_objects(schema: &mut Value) {
     }
 }
 
-fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
+fn unusable(at: usize, tool: &Tool, why: &str) -> Error {
+    let path = ["tools".into(), at.into(), "function".into(), "parameters".into()];
+    Error::Invalid(vec![Fault::new(
+        path,
+        format!("The schema of `{}` cannot be used: {why}", tool.name),
+    )])
+}
+
+/// A fault of llguidance for the author of a schema: one line, without places in our grammar or the state of a parser.
+fn readable(text: &str) -> String {
+    const LONGEST: usize = 300;
+    let text = text.split("<state>").next().unwrap_or_default();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let line = lines.join(" ");
+    let line = match line.split_once(": ") {
+        Some((place, rest)) if place.starts_with("at ") => rest,
+        _ => &line,
+    };
+    line.chars().take(LONGEST).collect()
+}
+
+/// Whether a JSON text is inside a string.
+#[derive(Clone, Copy, Debug, Default)]
+struct InString {
+    open: bool,
+    escaped: bool,
+}
+
+impl InString {
+    fn take(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' if self.open => self.escaped = true,
+                b'"' => self.open = !self.open,
+                _ => {}
+            }
+        }
+    }
 }
 
 /// Steers one turn. See [`Guide`].
@@ -305,8 +382,12 @@ pub struct TurnGuide {
     opening: Option<&'static str>,
     /// Whether a call may follow text.
     speaks: bool,
-    /// Tokens that lead to the end of a JSON text, in the order in which they are tried.
+    /// Ends a string.
+    quote: Option<u32>,
+    /// Tokens that lead to the end of a JSON text from outside a string, in the order in which they are tried.
     closers: Vec<u32>,
+    /// Where the grammar's text is.
+    in_string: InString,
     stops: Vec<Vec<u8>>,
     /// The last bytes of the text, for openings and stop texts that span tokens.
     tail: Vec<u8>,
@@ -335,12 +416,17 @@ impl TurnGuide {
     /// Where an opening is complete in the text so far plus this token: `Some(true)` when it ends with the token,
     /// `Some(false)` when the token goes on behind it.
     fn opens(&self, bytes: &[u8]) -> Option<bool> {
-        let opening = self.opening?.as_bytes();
-        let keep = self.tail.len().min(opening.len() - 1);
+        self.completes(self.opening?, bytes)
+    }
+
+    /// The same for any text.
+    fn completes(&self, wanted: &str, bytes: &[u8]) -> Option<bool> {
+        let wanted = wanted.as_bytes();
+        let keep = self.tail.len().min(wanted.len() - 1);
         let mut text = self.tail[self.tail.len() - keep..].to_vec();
         text.extend_from_slice(bytes);
-        let at = text.windows(opening.len()).position(|window| window == opening)?;
-        Some(at + opening.len() == text.len())
+        let at = text.windows(wanted.len()).position(|window| window == wanted)?;
+        Some(at + wanted.len() == text.len())
     }
 
     /// The bytes that a token adds to the text: none for control tokens, but for the opening of a call.
@@ -354,7 +440,7 @@ impl TurnGuide {
     /// Whether a stop text is complete, now that these bytes came.
     fn stopped_by(&mut self, bytes: &[u8]) -> bool {
         let longest = self.stops.iter().map(Vec::len).max().unwrap_or(0);
-        let longest = longest.max(self.opening.map_or(0, str::len));
+        let longest = longest.max(self.opening.map_or(0, |opening| opening.len().max(RESPONSE.len())));
         let from = self.tail.len().saturating_sub(longest);
         self.tail.drain(..from);
         self.tail.extend_from_slice(bytes);
@@ -374,10 +460,22 @@ impl Guide for TurnGuide {
             Phase::Calls(matcher) => (matcher, self.used >= CALL_LIMIT || self.left <= CALL_RESERVE),
         };
         let mut mask = matcher.compute_mask_or_eos().map_err(|e| e.to_string())?;
-        // Time to come to an end: one token that leads there, where the grammar has one here.
-        if closing && let Some(closer) = self.closers.iter().find(|closer| mask.is_allowed(**closer)) {
-            mask.set_all(false);
-            mask.allow_token(*closer);
+        if closing {
+            // Time to come to an end: one token that leads there, where the grammar has one here.
+            let ends = self.model.vocabulary.end_of_turn();
+            let quote = self.quote.filter(|_| !self.in_string.escaped);
+            let closer = if self.in_string.open {
+                quote.filter(|quote| mask.is_allowed(*quote))
+            } else {
+                ends.iter()
+                    .chain(&self.closers)
+                    .copied()
+                    .find(|closer| mask.is_allowed(*closer))
+            };
+            if let Some(closer) = closer {
+                mask.set_all(false);
+                mask.allow_token(closer);
+            }
         }
         Ok(Some(mask))
     }
@@ -419,6 +517,7 @@ impl Guide for TurnGuide {
             }
             Phase::Json(matcher) => {
                 self.used += 1;
+                self.in_string.take(&bytes);
                 matcher.consume_token(token).map_err(|e| e.to_string())?;
                 let complete = matcher.is_stopped();
                 Ok(if complete || self.stopped_by(&bytes) {
@@ -429,6 +528,7 @@ impl Guide for TurnGuide {
             }
             Phase::Calls(matcher) => {
                 self.used += 1;
+                self.in_string.take(&bytes);
                 matcher.consume_token(token).map_err(|e| e.to_string())?;
                 Ok(if matcher.is_stopped() {
                     Flow::Stop

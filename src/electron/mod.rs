@@ -130,19 +130,11 @@ impl Electron {
         let plan = self.grammars.plan(turn, fills, max_tokens)?;
         let syntax = (!turn.tools.is_empty()).then(|| self.template.form().syntax());
         let mut parser = Parser::new(syntax, turn.format != OutputFormat::Text, &turn.sampling.stop);
-        let mut opening_tokens = 0;
-        if let Some(opening) = plan.opening {
-            let opening = self.model().vocabulary.encode(opening)?;
-            if opening.len() >= max_tokens {
-                return Err(Error::invalid(
-                    "max_tokens",
-                    "too few tokens for a tool call, which tool_choice asks for",
-                ));
-            }
-            opening_tokens = opening.len();
-            prompt.extend(opening);
+        let opening_tokens = plan.opening.len();
+        if opening_tokens > 0 {
             parser.opened();
         }
+        prompt.extend(&plan.opening);
         let max_tokens = max_tokens - opening_tokens;
         let mut sampling = turn.sampling.clone();
         sampling.max_tokens = Some(max_tokens);
@@ -152,7 +144,7 @@ impl Electron {
             parser,
             filler: fills.then(|| Filler::new(turn)),
             wants_logprobs: sampling.logprobs.is_some(),
-            opened: plan.opening.is_some(),
+            opened: opening_tokens > 0,
             ready: VecDeque::new(),
             logprobs: Vec::new(),
             spoken: false,

@@ -15,7 +15,7 @@ use std::{
 use axum::{
     Extension, Json, Router,
     body::Body,
-    extract::{Request, State},
+    extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderValue, Method, Response, header},
     middleware,
     response::IntoResponse,
@@ -28,7 +28,10 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
-use tower_http::{catch_panic::CatchPanicLayer, cors::CorsLayer};
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    cors::{AllowHeaders, CorsLayer},
+};
 
 pub use self::auth::{hash_key, new_key};
 use self::{
@@ -164,8 +167,9 @@ async fn models(State(app): State<Arc<App>>, Extension(caller): Extension<Caller
 async fn model(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    axum::extract::Path(id): axum::extract::Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<serde_json::Value>, Error> {
+    let Path(id) = id.map_err(|_| Error::invalid("id", "the model's name is not valid UTF-8"))?;
     let name = app.config.model.name.as_str();
     if id != name || caller.check_model(name).is_err() {
         return Err(Error::NotFound(format!("The model `{id}` does not exist.")));
@@ -203,8 +207,9 @@ fn panicked(cause: Box<dyn std::any::Any + Send>) -> Response<Body> {
 fn cors(origins: &[String]) -> CorsLayer {
     let layer = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
-        .expose_headers([observe::HEADER.clone()]);
+        // SDKs send headers of their own, by which nothing is decided here.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([observe::HEADER.clone(), header::RETRY_AFTER]);
     if origins.iter().any(|origin| origin == "*") {
         layer.allow_origin(tower_http::cors::Any)
     } else {

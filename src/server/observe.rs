@@ -245,9 +245,10 @@ impl Drop for Watched {
                 .record("gen_ai.response.time_to_first_chunk", first.as_secs_f64());
         }
         metrics::histogram!("electron_turn_seconds").record(self.started.elapsed().as_secs_f64());
-        self.span.record("gen_ai.usage.input_tokens", prompt_tokens);
-        self.span.record("gen_ai.usage.cache_read.input_tokens", cached_tokens);
-        self.span.record("gen_ai.usage.output_tokens", completion_tokens);
+        self.span.record("gen_ai.usage.input_tokens", prompt_tokens as i64);
+        self.span
+            .record("gen_ai.usage.cache_read.input_tokens", cached_tokens as i64);
+        self.span.record("gen_ai.usage.output_tokens", completion_tokens as i64);
         self.span.record("gen_ai.response.finish_reasons", told);
         tracing::info!(
             parent: &self.span,

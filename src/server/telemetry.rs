@@ -40,8 +40,8 @@ pub fn start(log: &Log) -> Result<Telemetry, String> {
     } else {
         None
     };
-    // The engine says much about itself at info; what matters of it is said by us.
-    let quieter = "mistralrs_core=warn,mistralrs_quant=warn,mistralrs=warn,hyper=warn,reqwest=warn,opentelemetry=warn";
+    // What matters of the engine is said by us; it also reports as an error what is done to empty its prefix cache.
+    let quieter = "mistralrs_core=off,mistralrs_quant=warn,mistralrs=warn,hyper=warn,reqwest=warn,opentelemetry=warn,opentelemetry_sdk=warn,opentelemetry-otlp=warn";
     let filter = EnvFilter::try_new(format!("{quieter},{}", log.level)).map_err(|e| format!("log.level: {e}"))?;
     let lines = match log.format {
         LogFormat::Human => tracing_subscriber::fmt::layer()

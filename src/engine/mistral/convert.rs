@@ -95,11 +95,21 @@ fn made_once(gguf: &Path, suffix: &str, make: impl FnOnce(&Path) -> Result<(), F
     if out.exists() && fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp) {
         return Ok(out);
     }
-    let part = gguf.with_extension(format!("{suffix}.part"));
+    // Another process may be at the same; each writes to a place of its own.
+    let part = gguf.with_extension(format!("{suffix}.part-{}", std::process::id()));
     remove(&part)?;
-    make(&part)?;
-    remove(&out)?;
-    fs::rename(&part, &out).map_err(|e| at(&out, e))?;
+    let made = make(&part).and_then(|()| {
+        let stamped = fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp);
+        if stamped && out.exists() {
+            return remove(&part);
+        }
+        remove(&out)?;
+        fs::rename(&part, &out).map_err(|e| at(&out, e))
+    });
+    if let Err(fault) = made {
+        let _ = remove(&part);
+        return Err(fault);
+    }
     fs::write(&stamp_file, stamp).map_err(|e| at(&stamp_file, e))?;
     Ok(out)
 }

@@ -385,10 +385,14 @@ impl Dispatcher {
             events.clone(),
             cancel,
         ));
-        match self.send(prompt, sampler.clone()).await {
+        match self.send(prompt.clone(), sampler.clone()).await {
             Ok(()) => {
-                match sampler.sequence() {
-                    Some(tokens) => self.finished(prompt_len, tokens),
+                match sampler.computed() {
+                    Some(answer) => {
+                        let mut tokens = prompt;
+                        tokens.extend(answer);
+                        self.finished(prompt_len, tokens);
+                    }
                     // The engine ended the sequence on its own account, at the model's length.
                     None => {
                         let _ = events.try_send(Ok(TokenEvent::Finished(TokenFinish::Length)));
@@ -473,11 +477,15 @@ impl Dispatcher {
         };
         // The engine has no call for it, but it empties its cache when a step fails, and a token that no vocabulary has
         // makes one fail at once. Other sequences of the same step would fail with it, so this is for one slot only.
-        let unknown = vec![u32::MAX];
+        // (Not the largest number: embeddings take that for a place to leave empty.)
+        let unknown = vec![u32::MAX - 1];
         if self.slot_count == 1 {
-            let _ = self.send(unknown, Arc::new(Sentinel(self.endings.sentinel))).await;
+            match self.send(unknown, Arc::new(Sentinel(self.endings.sentinel))).await {
+                Err(Failure::Request(why)) => tracing::debug!(why, restored = live.len(), "prefix cache emptied"),
+                Err(Failure::Engine(why)) => tracing::warn!(why, "the engine died while its prefix cache was emptied"),
+                Ok(()) => tracing::warn!("the prefix cache could not be emptied"),
+            }
             self.state.flushes.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(restored = live.len(), "prefix cache emptied");
         }
         for tokens in live {
             if !tokens.starts_with(prompt) && !prompt.starts_with(&tokens) {

@@ -55,8 +55,8 @@ struct State {
     counts: HashMap<u32, u32>,
     /// Set with the last token: what comes after it is the sentinel.
     finished: Option<TokenFinish>,
-    /// Prompt and answer as far as the engine has computed them, from the last step on.
-    sequence: Option<Vec<u32>>,
+    /// Tokens that the engine was given to go on from.
+    computed: Vec<u32>,
 }
 
 // === impl Sampler ===
@@ -84,24 +84,22 @@ impl Sampler {
             left: max_tokens,
             counts: HashMap::new(),
             finished: None,
-            sequence: None,
+            computed: Vec::new(),
         }))
     }
 
-    /// The whole sequence that the engine has computed, once the generation has ended.
-    pub(super) fn sequence(&self) -> Option<Vec<u32>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).sequence.take()
+    /// The tokens that the engine has computed behind the prompt, once the generation has ended.
+    pub(super) fn computed(&self) -> Option<Vec<u32>> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.finished.is_some().then(|| std::mem::take(&mut state.computed))
     }
 }
 
 impl CustomLogitsProcessor for Sampler {
-    fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
+    fn apply(&self, logits: &Tensor, _context: &[u32]) -> candle_core::Result<Tensor> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut scores = logits.to_vec1::<f32>()?;
         let token = state.step(&mut scores).map_err(candle_core::Error::msg)?;
-        if state.finished.is_some() && state.sequence.is_none() {
-            state.sequence = Some(context.to_vec());
-        }
         only(token, scores, logits)
     }
 }
@@ -113,6 +111,12 @@ impl CustomLogitsProcessor for Sentinel {
     fn apply(&self, logits: &Tensor, _context: &[u32]) -> candle_core::Result<Tensor> {
         only(self.0, vec![0.0; logits.elem_count()], logits)
     }
+}
+
+/// What a client learns of a guide's failure; the rest is for the log.
+fn unguided(why: String) -> String {
+    tracing::warn!(why, "a grammar failed");
+    "the answer could not be kept to the request's schema".into()
 }
 
 /// Logits that leave one choice.
@@ -135,7 +139,7 @@ impl State {
         if self.cancel.is_cancelled() || self.events.is_closed() {
             return Ok(self.finish(TokenFinish::Cancelled));
         }
-        let allowed = self.guide.allowed()?;
+        let allowed = self.guide.allowed().map_err(unguided)?;
         // The distribution that is reported is the model's own, so it is kept from before anything is changed.
         let reported = self.sampling.logprobs.map(|top| Report::new(scores, top));
 
@@ -161,7 +165,7 @@ impl State {
         if self.endings.end_of_turn.contains(&token) {
             return Ok(self.finish(TokenFinish::EndOfTurn));
         }
-        let flow = self.guide.commit(token)?;
+        let flow = self.guide.commit(token).map_err(unguided)?;
         *self.counts.entry(token).or_default() += 1;
         self.left = self.left.saturating_sub(1);
         self.send(TokenEvent::Token(Token {
@@ -172,7 +176,10 @@ impl State {
         Ok(match flow {
             Flow::Stop => self.finish(TokenFinish::Guide),
             Flow::Continue if self.left == 0 => self.finish(TokenFinish::Length),
-            Flow::Continue => token,
+            Flow::Continue => {
+                self.computed.push(token);
+                token
+            }
         })
     }
 

@@ -1,0 +1,124 @@
+"""Starts the server that the tests talk to, ends it, and makes clients for it."""
+
+import hashlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+
+READY_WITHIN = 240
+STOPPED_WITHIN = 40
+
+KEYS = {
+    "normal": "key-without-limits",
+    "hurried": "key-of-two-requests-a-minute",
+    "single": "key-of-one-request-at-once",
+    "elsewhere": "key-for-another-model",
+}
+LIMITS = {
+    "hurried": "requests_per_minute = 2",
+    "single": "concurrency = 1",
+    "elsewhere": 'models = ["other"]',
+}
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    log: pathlib.Path
+
+    def client(self, key="normal", **options):
+        """The official SDK, which does not hide errors behind retries here."""
+        return openai.OpenAI(**self.options(key, **options))
+
+    def async_client(self, key="normal", **options):
+        return openai.AsyncOpenAI(**self.options(key, **options))
+
+    def options(self, key, **options):
+        return {"base_url": f"{self.url}/v1", "api_key": KEYS[key], "max_retries": 0, "timeout": 120, **options}
+
+    def metric(self, line):
+        """A value of the metrics page, 0 when it is not there yet."""
+        for row in httpx.get(f"{self.url}/metrics").text.splitlines():
+            name, _, value = row.rpartition(" ")
+            if name == line:
+                return float(value)
+        return 0.0
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    program = os.environ.get("ELECTRON_GATEWAY_BIN")
+    if not program:
+        pytest.exit("set ELECTRON_GATEWAY_BIN to the path of the server's program", returncode=2)
+    # Proxies are for the world outside.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = folder / "config.toml"
+    config.write_text(configuration(port))
+    log = folder / "log"
+    command = [program, "serve", "--config", str(config)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        await_ready(server, process)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            code = process.wait(STOPPED_WITHIN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"none within {STOPPED_WITHIN} s"
+    if code != 0:
+        pytest.fail(f"exit code {code}\n{tail(log)}", pytrace=False)
+    panics = [line for line in log.read_text(errors="replace").splitlines() if "panicked" in line]
+    if panics:
+        pytest.fail("\n".join(panics), pytrace=False)
+
+
+def configuration(port):
+    parts = [f'[server]\nlisten = "127.0.0.1:{port}"\n']
+    for name, key in KEYS.items():
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        parts.append(f'[[keys]]\nname = "{name}"\nhash = "sha256:{digest}"\n{LIMITS.get(name, "")}\n')
+    return "\n".join(parts)
+
+
+def await_ready(server, process):
+    end = time.monotonic() + READY_WITHIN
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{server.url}/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        try:
+            code = process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.exit(f"the server ended with {code} before it was ready\n{tail(server.log)}", returncode=1)
+    pytest.exit(f"the server was not ready within {READY_WITHIN} s\n{tail(server.log)}", returncode=1)
+
+
+def tail(log):
+    return log.read_text(errors="replace")[-4000:]
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    with server.client() as client:
+        yield client

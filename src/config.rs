@@ -179,11 +179,7 @@ impl Default for Model {
 
 impl Default for Log {
     fn default() -> Self {
-        Self {
-            format: LogFormat::Human,
-            level: "info".into(),
-            content: false,
-        }
+        Self { format: LogFormat::Human, level: "info".into(), content: false }
     }
 }
 
@@ -203,31 +199,18 @@ impl Config {
         let mut table = match file {
             Some(path) => {
                 let text = std::fs::read_to_string(path).map_err(|e| {
-                    ConfigError(vec![format!(
-                        "{}: {e}. Name an existing file with --config.",
-                        path.display()
-                    )])
+                    ConfigError(vec![format!("{}: {e}. Name an existing file with --config.", path.display())])
                 })?;
-                text.parse::<Table>()
-                    .map_err(|e| ConfigError(vec![format!("{}: {e}", path.display())]))?
+                text.parse::<Table>().map_err(|e| ConfigError(vec![format!("{}: {e}", path.display())]))?
             }
             None => Table::new(),
         };
         let mut faults = Vec::new();
-        let variables: BTreeMap<String, (String, String)> = leaves(&defaults)
-            .into_iter()
-            .map(|name| (variable_of(&name), (name, String::new())))
-            .collect();
+        let variables: BTreeMap<String, (String, String)> =
+            leaves(&defaults).into_iter().map(|name| (variable_of(&name), (name, String::new()))).collect();
         for (variable, value) in environment {
             if let Some((name, _)) = variables.get(&variable) {
-                set(
-                    &mut table,
-                    &defaults,
-                    name,
-                    &value,
-                    &format!("{variable} (environment)"),
-                    &mut faults,
-                );
+                set(&mut table, &defaults, name, &value, &format!("{variable} (environment)"), &mut faults);
             }
         }
         for (name, value) in flags {
@@ -240,9 +223,8 @@ impl Config {
         if !faults.is_empty() {
             return Err(ConfigError(faults));
         }
-        let config: Self = Value::Table(table)
-            .try_into()
-            .map_err(|e: toml::de::Error| ConfigError(vec![e.to_string()]))?;
+        let config: Self =
+            Value::Table(table).try_into().map_err(|e: toml::de::Error| ConfigError(vec![e.to_string()]))?;
         config.check()?;
         Ok(config)
     }
@@ -262,16 +244,11 @@ impl Config {
         if !within(server.max_body, ByteSize::kib(1), ByteSize::gib(1)) {
             refuse("server.max_body", &server.max_body, "1 KiB to 1 GiB");
         }
-        for (name, value) in [
-            ("server.request_timeout", server.request_timeout),
-            ("server.read_timeout", server.read_timeout),
-        ] {
+        for (name, value) in
+            [("server.request_timeout", server.request_timeout), ("server.read_timeout", server.read_timeout)]
+        {
             if value.is_zero() || value > Duration::from_secs(86_400) {
-                refuse(
-                    name,
-                    &humantime_serde::re::humantime::format_duration(value),
-                    "more than 0 up to 1 day",
-                );
+                refuse(name, &humantime_serde::re::humantime::format_duration(value), "more than 0 up to 1 day");
             }
         }
         if server.max_connections == 0 {
@@ -279,11 +256,7 @@ impl Config {
         }
         for origin in &server.cors_origins {
             if origin != "*" && axum::http::HeaderValue::from_str(origin).is_err() {
-                refuse(
-                    "server.cors_origins",
-                    origin,
-                    "origins such as https://example.com, or *",
-                );
+                refuse("server.cors_origins", origin, "origins such as https://example.com, or *");
             }
         }
         if model.name.is_empty() {
@@ -299,11 +272,7 @@ impl Config {
             refuse("model.warm_up_step", &model.warm_up_step, "16 to 4096 tokens");
         }
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
-            refuse(
-                "log.level",
-                &self.log.level,
-                "error, warn, info, debug, trace, or filters such as info,hyper=warn",
-            );
+            refuse("log.level", &self.log.level, "error, warn, info, debug, trace, or filters such as info,hyper=warn");
         }
         for (i, key) in self.keys.iter().enumerate() {
             let hex = key.hash.strip_prefix("sha256:").unwrap_or_default();
@@ -319,11 +288,7 @@ impl Config {
                 "a loopback address as long as no [[keys]] are configured; make one with `electron-gateway key create`",
             );
         }
-        if faults.is_empty() {
-            Ok(())
-        } else {
-            Err(ConfigError(faults))
-        }
+        if faults.is_empty() { Ok(()) } else { Err(ConfigError(faults)) }
     }
 }
 
@@ -399,9 +364,7 @@ fn unknown(table: &Table, defaults: &Table, prefix: &str, faults: &mut Vec<Strin
 }
 
 fn nearest(name: &str, known: &[String]) -> String {
-    let best = known
-        .iter()
-        .max_by(|a, b| strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b)));
+    let best = known.iter().max_by(|a, b| strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b)));
     match best {
         Some(best) => format!("there is no such setting; did you mean {best}?"),
         None => "there is no such setting".into(),
@@ -463,10 +426,7 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_the_nearest_known_one() {
         let fault = load("[server]\nlistn = \"x\"\n", &[], &[]).unwrap_err();
-        assert!(
-            fault.contains("server.listn") && fault.contains("server.listen"),
-            "{fault}"
-        );
+        assert!(fault.contains("server.listn") && fault.contains("server.listen"), "{fault}");
         let fault = load("[sever]\n", &[], &[]).unwrap_err();
         assert!(fault.contains("did you mean server"), "{fault}");
         let fault = load("[[keys]]\nname = \"a\"\nhsh = \"b\"\n", &[], &[]).unwrap_err();
@@ -478,11 +438,7 @@ mod tests {
         for (text, name, value) in [
             ("[server]\nlisten = \"here\"\n", "server.listen", "here"),
             ("[server]\nmax_body = \"much\"\n", "server.max_body", "much"),
-            (
-                "[server]\nrequest_timeout = \"soon\"\n",
-                "server.request_timeout",
-                "soon",
-            ),
+            ("[server]\nrequest_timeout = \"soon\"\n", "server.request_timeout", "soon"),
             ("[model]\nweights = \"q2\"\n", "model.weights", "q2"),
             ("[model]\nslots = 0\n", "model.slots", "0"),
             ("[electron]\nfiller = \"maybe\"\n", "electron.filler", "maybe"),
@@ -497,19 +453,12 @@ mod tests {
     #[test]
     fn several_faults_are_told_at_once() {
         let fault = load("[server]\nlisten = \"here\"\n[model]\nweights = \"q2\"\n", &[], &[]).unwrap_err();
-        assert!(
-            fault.contains("server.listen") && fault.contains("model.weights"),
-            "{fault}"
-        );
+        assert!(fault.contains("server.listen") && fault.contains("model.weights"), "{fault}");
     }
 
     #[test]
     fn without_keys_only_loopback_is_served() {
-        assert!(
-            load("", &[], &[("server.listen", "0.0.0.0:80")])
-                .unwrap_err()
-                .contains("key create")
-        );
+        assert!(load("", &[], &[("server.listen", "0.0.0.0:80")]).unwrap_err().contains("key create"));
         let keyed = format!("[[keys]]\nname = \"a\"\nhash = \"sha256:{}\"\n", "0".repeat(64));
         assert!(load(&keyed, &[], &[("server.listen", "0.0.0.0:80")]).is_ok());
     }

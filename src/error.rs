@@ -180,11 +180,7 @@ impl Error {
 fn invalid_message(faults: &[Fault]) -> String {
     let told: Vec<String> = faults.iter().take(3).map(Fault::told).collect();
     let more = faults.len().saturating_sub(told.len());
-    let tail = if more > 0 {
-        format!(" (and {more} more)")
-    } else {
-        String::new()
-    };
+    let tail = if more > 0 { format!(" (and {more} more)") } else { String::new() };
     format!("Invalid input data: {}{tail}", told.join("; "))
 }
 
@@ -193,11 +189,7 @@ fn invalid_message(faults: &[Fault]) -> String {
 impl Fault {
     /// A fault at a path.
     pub fn new(path: impl IntoIterator<Item = PathPart>, message: impl Into<String>) -> Self {
-        Self {
-            code: "custom",
-            message: message.into(),
-            path: path.into_iter().collect(),
-        }
+        Self { code: "custom", message: message.into(), path: path.into_iter().collect() }
     }
 
     fn dotted(&self) -> String {

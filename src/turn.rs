@@ -266,10 +266,7 @@ pub struct Progress {
 impl TurnStream {
     /// Pairs events with the progress that their source keeps.
     pub fn new(events: impl Stream<Item = Result<TurnEvent, Error>> + Send + 'static, progress: Arc<Progress>) -> Self {
-        Self {
-            events: Box::pin(events),
-            progress,
-        }
+        Self { events: Box::pin(events), progress }
     }
 
     /// What the turn has cost so far.

@@ -24,26 +24,14 @@ use tokio::{
 
 fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_electron-gateway"));
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     command
 }
 
 /// Exit code and everything printed.
 async fn outcome(arguments: &[&str]) -> (i32, String) {
-    let done = tokio::time::timeout(Duration::from_secs(120), program(arguments).output())
-        .await
-        .unwrap()
-        .unwrap();
-    let printed = format!(
-        "{}{}",
-        String::from_utf8_lossy(&done.stdout),
-        String::from_utf8_lossy(&done.stderr)
-    );
+    let done = tokio::time::timeout(Duration::from_secs(120), program(arguments).output()).await.unwrap().unwrap();
+    let printed = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     (done.status.code().unwrap(), printed)
 }
 
@@ -64,29 +52,12 @@ impl Running {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let (mut url, mut key) = (None, None);
         while url.is_none() || key.is_none() {
-            let line = tokio::time::timeout(Duration::from_secs(240), lines.next_line())
-                .await
-                .unwrap()
-                .unwrap()
-                .unwrap();
-            url = url.or_else(|| {
-                line.split_once(" on http://")
-                    .map(|(_, address)| format!("http://{address}"))
-            });
-            key = key.or_else(|| {
-                Some(
-                    line.strip_prefix("The key of this run is ")?
-                        .split(';')
-                        .next()?
-                        .to_owned(),
-                )
-            });
+            let line =
+                tokio::time::timeout(Duration::from_secs(240), lines.next_line()).await.unwrap().unwrap().unwrap();
+            url = url.or_else(|| line.split_once(" on http://").map(|(_, address)| format!("http://{address}")));
+            key = key.or_else(|| Some(line.strip_prefix("The key of this run is ")?.split(';').next()?.to_owned()));
         }
-        Self {
-            child,
-            url: url.unwrap(),
-            key: key.unwrap(),
-        }
+        Self { child, url: url.unwrap(), key: key.unwrap() }
     }
 
     async fn post(&self, body: &Value, headers: &[(&str, &str)]) -> reqwest::Response {
@@ -101,23 +72,11 @@ impl Running {
     /// Sends a signal to this process, and to no other.
     async fn signal(&self, signal: &str) {
         let pid = self.child.id().unwrap().to_string();
-        assert!(
-            Command::new("kill")
-                .args([signal, &pid])
-                .status()
-                .await
-                .unwrap()
-                .success()
-        );
+        assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
     }
 
     async fn exit(mut self) -> i32 {
-        tokio::time::timeout(Duration::from_secs(60), self.child.wait())
-            .await
-            .unwrap()
-            .unwrap()
-            .code()
-            .unwrap()
+        tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await.unwrap().unwrap().code().unwrap()
     }
 }
 
@@ -131,10 +90,7 @@ fn wrong_ways_are_told_with_what_to_do() {
         assert!(code == 1 && said.contains("did you mean server.listen?"), "{said}");
 
         let (code, said) = outcome(&["check", "--config", "nowhere.toml"]).await;
-        assert!(
-            code == 1 && said.contains("nowhere.toml") && said.contains("--config"),
-            "{said}"
-        );
+        assert!(code == 1 && said.contains("nowhere.toml") && said.contains("--config"), "{said}");
 
         let (code, said) = outcome(&["serve", "--listen", "127.0.0.1:0", "--model", "nowhere.gguf"]).await;
         assert!(code == 1 && said.contains("nowhere.gguf: no such file"), "{said}");
@@ -142,16 +98,10 @@ fn wrong_ways_are_told_with_what_to_do() {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = taken.local_addr().unwrap().to_string();
         let (code, said) = outcome(&["serve", "--listen", &address]).await;
-        assert!(
-            code == 1 && said.contains("is in use") && said.contains("--listen"),
-            "{said}"
-        );
+        assert!(code == 1 && said.contains("is in use") && said.contains("--listen"), "{said}");
 
         let (code, said) = outcome(&["serve", "--listen", "0.0.0.0:0"]).await;
-        assert!(
-            code == 1 && said.contains("loopback") && said.contains("key create"),
-            "{said}"
-        );
+        assert!(code == 1 && said.contains("loopback") && said.contains("key create"), "{said}");
     });
 }
 
@@ -160,18 +110,13 @@ fn broken_model_files_are_told_by_name() {
     run(async {
         let folder = std::env::temp_dir().join(format!("models-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
-        for (name, bytes) in [
-            ("empty.gguf", &b""[..]),
-            ("garbage.gguf", &[7u8; 4096]),
-            ("short.gguf", b"GGUF\x03\0\0\0"),
-        ] {
+        for (name, bytes) in
+            [("empty.gguf", &b""[..]), ("garbage.gguf", &[7u8; 4096]), ("short.gguf", b"GGUF\x03\0\0\0")]
+        {
             let file = folder.join(name);
             std::fs::write(&file, bytes).unwrap();
             let (code, said) = outcome(&["serve", "--listen", "127.0.0.1:0", "--model", file.to_str().unwrap()]).await;
-            assert!(
-                code == 1 && said.contains(name) && said.contains("download it again"),
-                "{said}"
-            );
+            assert!(code == 1 && said.contains(name) && said.contains("download it again"), "{said}");
         }
         // A folder without a model.
         let (code, said) = outcome(&["serve", "--listen", "127.0.0.1:0", "--model", folder.to_str().unwrap()]).await;
@@ -206,10 +151,7 @@ fn sigterm_lets_running_answers_end() {
         assert!(first.starts_with(b"data: "));
         server.signal("-TERM").await;
         let rest = read_until(response, "data: [DONE]").await;
-        assert!(
-            rest.contains("finish_reason\":\"length"),
-            "the answer went on to its end"
-        );
+        assert!(rest.contains("finish_reason\":\"length"), "the answer went on to its end");
         assert_eq!(server.exit().await, 0);
     });
 }
@@ -221,18 +163,8 @@ fn ctrl_c_while_the_model_loads_is_no_fault() {
         let mut first = [0u8; 1];
         child.stderr.as_mut().unwrap().read_exact(&mut first).await.unwrap();
         let pid = child.id().unwrap().to_string();
-        assert!(
-            Command::new("kill")
-                .args(["-INT", &pid])
-                .status()
-                .await
-                .unwrap()
-                .success()
-        );
-        let status = tokio::time::timeout(Duration::from_secs(30), child.wait())
-            .await
-            .unwrap()
-            .unwrap();
+        assert!(Command::new("kill").args(["-INT", &pid]).status().await.unwrap().success());
+        let status = tokio::time::timeout(Duration::from_secs(30), child.wait()).await.unwrap().unwrap();
         assert_eq!(status.code(), Some(0));
     });
 }
@@ -241,11 +173,7 @@ type Received = Arc<Mutex<Vec<Span>>>;
 
 async fn receive(State(received): State<Received>, body: Bytes) {
     let request = ExportTraceServiceRequest::decode(body).unwrap();
-    let spans = request
-        .resource_spans
-        .into_iter()
-        .flat_map(|r| r.scope_spans)
-        .flat_map(|s| s.spans);
+    let spans = request.resource_spans.into_iter().flat_map(|r| r.scope_spans).flat_map(|s| s.spans);
     received.lock().unwrap().extend(spans);
 }
 
@@ -255,9 +183,7 @@ fn spans_go_to_an_otlp_receiver_without_what_was_said() {
         let received = Received::default();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let routes = Router::new()
-            .route("/v1/traces", post(receive))
-            .with_state(received.clone());
+        let routes = Router::new().route("/v1/traces", post(receive)).with_state(received.clone());
         tokio::spawn(async move { axum::serve(listener, routes).await });
 
         let server = Running::start(&[("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)]).await;
@@ -270,39 +196,20 @@ fn spans_go_to_an_otlp_receiver_without_what_was_said() {
         assert_eq!(server.exit().await, 0);
 
         let spans = received.lock().unwrap();
-        let span = spans
-            .iter()
-            .find(|span| span.name == "POST /v1/chat/completions")
-            .unwrap();
+        let span = spans.iter().find(|span| span.name == "POST /v1/chat/completions").unwrap();
         let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
         assert_eq!(hex(&span.trace_id), trace, "the caller's trace is continued");
         let attribute = |key: &str| {
-            let found = span
-                .attributes
-                .iter()
-                .find(|a| a.key == key)
-                .unwrap_or_else(|| panic!("no {key}"));
+            let found = span.attributes.iter().find(|a| a.key == key).unwrap_or_else(|| panic!("no {key}"));
             found.value.clone().unwrap().value.unwrap()
         };
         let number = |name: &str| AnyValue::IntValue(answer["usage"][name].as_i64().unwrap());
-        assert_eq!(
-            attribute("gen_ai.request.model"),
-            AnyValue::StringValue("electron".into())
-        );
+        assert_eq!(attribute("gen_ai.request.model"), AnyValue::StringValue("electron".into()));
         assert_eq!(attribute("gen_ai.usage.input_tokens"), number("prompt_tokens"));
         assert_eq!(attribute("gen_ai.usage.output_tokens"), number("completion_tokens"));
-        assert!(matches!(
-            attribute("gen_ai.usage.cache_read.input_tokens"),
-            AnyValue::IntValue(_)
-        ));
+        assert!(matches!(attribute("gen_ai.usage.cache_read.input_tokens"), AnyValue::IntValue(_)));
         assert!(matches!(attribute("gen_ai.response.time_to_first_chunk"), AnyValue::DoubleValue(s) if s > 0.0));
-        assert!(matches!(
-            attribute("gen_ai.response.finish_reasons"),
-            AnyValue::StringValue(_)
-        ));
-        assert!(
-            !format!("{spans:?}").contains(secret),
-            "what was said stays out of spans"
-        );
+        assert!(matches!(attribute("gen_ai.response.finish_reasons"), AnyValue::StringValue(_)));
+        assert!(!format!("{spans:?}").contains(secret), "what was said stays out of spans");
     });
 }

@@ -42,10 +42,7 @@ fn with_a_voice_prompt_every_turn_that_calls_speaks_first() {
             let text = CALLERS[turn % CALLERS.len()];
             let chunks = SERVER.chunks(&must_call(VOICE, text, turn)).await;
             let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]).collect();
-            let words = deltas
-                .iter()
-                .position(|d| d["content"].as_str().is_some_and(|text| !text.is_empty()))
-                .unwrap();
+            let words = deltas.iter().position(|d| d["content"].as_str().is_some_and(|text| !text.is_empty())).unwrap();
             let call = deltas.iter().position(|d| d["tool_calls"].is_array()).unwrap();
             assert!(words < call, "{text}: the words come after the call");
             assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
@@ -53,11 +50,7 @@ fn with_a_voice_prompt_every_turn_that_calls_speaks_first() {
             let message = SERVER.ask(&must_call(VOICE, text, turn)).await["choices"][0]["message"].take();
             assert!(!message["content"].as_str().unwrap().is_empty());
             assert_eq!(message["tool_calls"][0]["function"]["name"], "find_order");
-            assert_eq!(
-                message["content"],
-                *deltas[words]["content"].as_str().unwrap(),
-                "same seed, same phrase"
-            );
+            assert_eq!(message["content"], *deltas[words]["content"].as_str().unwrap(), "same seed, same phrase");
             spoken += 1;
         }
         println!("voice prompt: {spoken} of {turns} turns, streamed and whole, speak before they call");
@@ -134,10 +127,7 @@ fn schemas() -> Vec<Value> {
             json!({"confirm": {"type": "boolean"}, "note": {"type": "string", "maxLength": 10}}),
             json!(["confirm"]),
         ),
-        object(
-            json!({"priority": {"type": "integer", "enum": [1, 2, 3]}}),
-            json!(["priority"]),
-        ),
+        object(json!({"priority": {"type": "integer", "enum": [1, 2, 3]}}), json!(["priority"])),
         json!({"type": "object", "$defs": {"point": object(json!({"x": {"type": "integer", "minimum": -9, "maximum": 9}, "y": {"type": "integer", "minimum": -9, "maximum": 9}}), json!(["x", "y"]))},
                "properties": {"from": {"$ref": "#/$defs/point"}, "to": {"$ref": "#/$defs/point"}}, "required": ["from", "to"]}),
         object(
@@ -145,10 +135,7 @@ fn schemas() -> Vec<Value> {
             json!(["choice"]),
         ),
         object(json!({}), json!([])),
-        object(
-            json!({"nickname": {"type": ["string", "null"], "maxLength": 8}}),
-            json!(["nickname"]),
-        ),
+        object(json!({"nickname": {"type": ["string", "null"], "maxLength": 8}}), json!(["nickname"])),
         object(
             json!({"kind": {"const": "refund"}, "order": {"type": "string", "pattern": "^A-[0-9]{4}$"}}),
             json!(["kind", "order"]),
@@ -196,10 +183,7 @@ fn arguments_are_always_valid_under_their_schema() {
             }
             valid += 1;
         }
-        println!(
-            "arguments: {valid} of {turns} turns over {} schemas are valid",
-            schemas.len()
-        );
+        println!("arguments: {valid} of {turns} turns over {} schemas are valid", schemas.len());
     });
 }
 
@@ -214,9 +198,7 @@ fn a_call_comes_to_its_end_though_its_schema_has_none() {
         body["max_tokens"] = 120.into();
         body["temperature"] = 2.into();
         let answer = SERVER.ask(&body).await;
-        let arguments = answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
-            .as_str()
-            .unwrap();
+        let arguments = answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
         let value: Value = serde_json::from_str(arguments).unwrap_or_else(|e| panic!("{e}: {arguments}"));
         jsonschema::validate(&schema, &value).unwrap();
         assert_eq!(answer["choices"][0]["finish_reason"], "tool_calls");
@@ -231,19 +213,13 @@ fn tool_choice_and_parallel_calls_are_kept() {
         named["tools"] = json!([find_order(), other]);
         named["tool_choice"] = json!({"type": "function", "function": {"name": "cancel_order"}});
         let message = SERVER.ask(&named).await["choices"][0]["message"].take();
-        assert_eq!(
-            message["tool_calls"][0]["function"],
-            json!({"name": "cancel_order", "arguments": "{}"})
-        );
+        assert_eq!(message["tool_calls"][0]["function"], json!({"name": "cancel_order", "arguments": "{}"}));
 
         let mut none = named.clone();
         none["tool_choice"] = "none".into();
         none["max_tokens"] = 12.into();
         let message = SERVER.ask(&none).await["choices"][0]["message"].take();
-        assert!(
-            message.get("tool_calls").is_none() && message["content"].is_string(),
-            "{message}"
-        );
+        assert!(message.get("tool_calls").is_none() && message["content"].is_string(), "{message}");
     });
 }
 
@@ -265,9 +241,7 @@ fn json_answers_are_json() {
 fn names_of_control_tokens_in_a_callers_words_are_only_words() {
     run(async {
         let usage = |text: &'static str| async move {
-            SERVER.ask(&request(PLAIN, text)).await["usage"]["prompt_tokens"]
-                .as_u64()
-                .unwrap()
+            SERVER.ask(&request(PLAIN, text)).await["usage"]["prompt_tokens"].as_u64().unwrap()
         };
         let plain = usage("x").await;
         // One control token would be one token; its name spelled out is several.

@@ -43,10 +43,7 @@ async fn engine(change: impl FnOnce(&mut Model)) -> Arc<dyn TokenEngine> {
 fn generation(engine: &Arc<dyn TokenEngine>, text: &str, tokens: usize, guide: Free) -> Generation {
     Generation {
         prompt: engine.model().vocabulary.encode(text).unwrap(),
-        sampling: Sampling {
-            temperature: 0.0,
-            ..Sampling::default()
-        },
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         max_tokens: tokens,
         guide: Box::new(guide),
     }
@@ -81,9 +78,7 @@ fn a_panic_in_the_engine_is_an_error_and_the_engine_comes_back() {
             assert!(matches!(refused, Err(Error::Overloaded { .. })) || engine.readiness() == Readiness::Ready);
             tokio::task::yield_now().await;
         }
-        let (_, ids, why) = finish(&engine, generation(&engine, "Once upon a time", 4, Free(None)))
-            .await
-            .unwrap();
+        let (_, ids, why) = finish(&engine, generation(&engine, "Once upon a time", 4, Free(None))).await.unwrap();
         assert_eq!((ids.len(), why), (4, TokenFinish::Length));
     });
 }
@@ -110,19 +105,10 @@ fn a_warm_up_serves_the_turn_that_extends_it() {
 fn a_turn_does_not_wait_for_a_whole_warm_up() {
     run(async {
         let engine = engine(|model| model.warm_up_step = 32).await;
-        let long = engine
-            .model()
-            .vocabulary
-            .encode(&"One more word and then another. ".repeat(60))
-            .unwrap();
+        let long = engine.model().vocabulary.encode(&"One more word and then another. ".repeat(60)).unwrap();
         let mut warming = engine.warm(long).unwrap();
-        assert!(matches!(
-            warming.next().await.unwrap().unwrap(),
-            TokenEvent::Started { .. }
-        ));
-        let (.., why) = finish(&engine, generation(&engine, "Hello", 1, Free(None)))
-            .await
-            .unwrap();
+        assert!(matches!(warming.next().await.unwrap().unwrap(), TokenEvent::Started { .. }));
+        let (.., why) = finish(&engine, generation(&engine, "Hello", 1, Free(None))).await.unwrap();
         assert_eq!(why, TokenFinish::Length);
         // The turn is over and the warm-up, which came first, is not.
         let over = tokio::time::timeout(Duration::ZERO, warming.next()).await;
@@ -137,11 +123,7 @@ fn an_emptied_prefix_cache_is_noticed_and_answers_stay_right() {
         let engine = engine(|model| model.prefix_cache = bytesize::ByteSize::mib(50)).await;
         let ask = |text: String| {
             let engine = engine.clone();
-            async move {
-                finish(&engine, generation(&engine, &text, 6, Free(None)))
-                    .await
-                    .unwrap()
-            }
+            async move { finish(&engine, generation(&engine, &text, 6, Free(None))).await.unwrap() }
         };
         let (_, first, _) = ask("The capital of France is".into()).await;
         for n in 0..6 {
@@ -158,18 +140,12 @@ fn an_emptied_prefix_cache_is_noticed_and_answers_stay_right() {
 fn generations_are_served_in_order_and_cancelled_ones_not_at_all() {
     run(async {
         let engine = engine(|_| {}).await;
-        let mut running = engine
-            .generate(generation(&engine, "A long story:", 60, Free(None)))
-            .unwrap();
+        let mut running = engine.generate(generation(&engine, "A long story:", 60, Free(None))).unwrap();
         let dropped = engine.generate(generation(&engine, "Never", 500, Free(None))).unwrap();
         drop(dropped);
         let last = tokio::spawn({
             let engine = engine.clone();
-            async move {
-                finish(&engine, generation(&engine, "At last", 2, Free(None)))
-                    .await
-                    .unwrap()
-            }
+            async move { finish(&engine, generation(&engine, "At last", 2, Free(None))).await.unwrap() }
         });
         // The first is stopped in the middle, and still ends properly.
         let mut seen = 0;

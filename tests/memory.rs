@@ -40,30 +40,17 @@ fn conversations_stay_within_the_budget() {
             last = request(PLAIN, &text);
             last["max_tokens"] = 4.into();
             let answer = server.ask(&last).await;
-            last["messages"]
-                .as_array_mut()
-                .unwrap()
-                .push(answer["choices"][0]["message"].clone());
+            last["messages"].as_array_mut().unwrap().push(answer["choices"][0]["message"].clone());
             curve.push(resident());
         }
         for n in 0..turns {
-            last["messages"]
-                .as_array_mut()
-                .unwrap()
-                .push(user(&format!("And then, {n}?")));
+            last["messages"].as_array_mut().unwrap().push(user(&format!("And then, {n}?")));
             let answer = server.ask(&last).await;
-            last["messages"]
-                .as_array_mut()
-                .unwrap()
-                .push(answer["choices"][0]["message"].clone());
+            last["messages"].as_array_mut().unwrap().push(answer["choices"][0]["message"].clone());
             curve.push(resident());
         }
         let mib = |bytes: u64| bytes >> 20;
-        let sampled: Vec<u64> = curve
-            .iter()
-            .step_by(curve.len().div_ceil(20))
-            .map(|bytes| mib(*bytes))
-            .collect();
+        let sampled: Vec<u64> = curve.iter().step_by(curve.len().div_ceil(20)).map(|bytes| mib(*bytes)).collect();
         let most = curve.iter().max().copied().unwrap();
         println!(
             "model {} MiB, highest {} MiB of {} allowed; curve in MiB: {sampled:?}",

@@ -23,18 +23,11 @@ fn a_stream_has_the_chunks_that_clients_expect() {
         assert_eq!(last["choices"], json!([]));
         assert!(last["usage"]["completion_tokens"].as_u64().unwrap() > 0);
         assert!(
-            others
-                .iter()
-                .all(|chunk| chunk["usage"].is_null() && chunk.as_object().unwrap().contains_key("usage"))
+            others.iter().all(|chunk| chunk["usage"].is_null() && chunk.as_object().unwrap().contains_key("usage"))
         );
-        let roles = others
-            .iter()
-            .filter(|chunk| chunk["choices"][0]["delta"].get("role").is_some());
+        let roles = others.iter().filter(|chunk| chunk["choices"][0]["delta"].get("role").is_some());
         assert_eq!(roles.count(), 1);
-        let reasons: Vec<&Value> = others
-            .iter()
-            .map(|chunk| &chunk["choices"][0]["finish_reason"])
-            .collect();
+        let reasons: Vec<&Value> = others.iter().map(|chunk| &chunk["choices"][0]["finish_reason"]).collect();
         assert!(reasons[..reasons.len() - 1].iter().all(|reason| reason.is_null()));
         assert!(reasons.last().unwrap().is_string());
         assert!(others.iter().all(|chunk| chunk["id"] == others[0]["id"]));
@@ -47,23 +40,15 @@ fn figures_are_exact_and_a_conversation_that_goes_on_is_cached() {
         let mut body = request(PLAIN, "Remember the number 4711 please.");
         let first = SERVER.ask(&body).await;
         let usage = |answer: &Value, name: &str| answer["usage"][name].as_u64().unwrap();
-        assert_eq!(
-            usage(&first, "total_tokens"),
-            usage(&first, "prompt_tokens") + usage(&first, "completion_tokens")
-        );
+        assert_eq!(usage(&first, "total_tokens"), usage(&first, "prompt_tokens") + usage(&first, "completion_tokens"));
 
         let messages = body["messages"].as_array_mut().unwrap();
         messages.push(first["choices"][0]["message"].clone());
         messages.push(user("Which number was it?"));
         let second = SERVER.ask(&body).await;
-        let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
-            .as_u64()
-            .unwrap();
+        let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
         let known = usage(&first, "prompt_tokens") + usage(&first, "completion_tokens");
-        assert!(
-            cached + 2 >= known,
-            "{cached} of the {known} tokens of the first turn were cached"
-        );
+        assert!(cached + 2 >= known, "{cached} of the {known} tokens of the first turn were cached");
         assert!(cached < usage(&second, "prompt_tokens"));
     });
 }
@@ -77,25 +62,14 @@ fn a_cached_history_gives_the_same_answer_as_a_cold_one() {
         };
         let mut body = json!({"model": "electron", "messages": history(31), "max_tokens": 12, "temperature": 0,
                               "logprobs": true});
-        body["messages"]
-            .as_array_mut()
-            .unwrap()
-            .push(user("What colour is my door?"));
+        body["messages"].as_array_mut().unwrap().push(user("What colour is my door?"));
         let cold = SERVER.ask(&body).await;
         // A turn that shares the history and ends elsewhere, after which the first prompt is partly cached.
         let mut other = body.clone();
         other["messages"].as_array_mut().unwrap().pop();
-        other["messages"]
-            .as_array_mut()
-            .unwrap()
-            .push(user("What colour is the sky over my house?"));
+        other["messages"].as_array_mut().unwrap().push(user("What colour is the sky over my house?"));
         let warm = SERVER.ask(&other).await;
-        assert!(
-            warm["usage"]["prompt_tokens_details"]["cached_tokens"]
-                .as_u64()
-                .unwrap()
-                > 20
-        );
+        assert!(warm["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 20);
         let text = |answer: &Value| answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
         assert!(!text(&cold).is_empty() && !text(&warm).is_empty());
 
@@ -125,10 +99,7 @@ fn a_seed_repeats_an_answer() {
 fn a_stop_text_ends_the_answer_and_is_no_part_of_it() {
     run(async {
         let mut body = request(PLAIN, "What is the capital of France?");
-        let whole = SERVER.ask(&body).await["choices"][0]["message"]["content"]
-            .as_str()
-            .unwrap()
-            .to_owned();
+        let whole = SERVER.ask(&body).await["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
         // A text in the middle of the answer, across the border of two words.
         let middle: String = whole.chars().skip(6).take(5).collect();
         body["stop"] = json!([middle]);
@@ -152,10 +123,7 @@ fn a_client_that_leaves_stops_its_turn_and_is_counted() {
         // The connection is closed by now. The next caller is served long before 2000 tokens would have come.
         let answer = tokio::time::timeout(Duration::from_secs(20), server.ask(&request(PLAIN, "Hi"))).await;
         assert!(answer.is_ok(), "the turn of a client that left went on");
-        assert_eq!(
-            server.metric("electron_turns_total{finish_reason=\"cancelled\"}").await,
-            counted + 1.0
-        );
+        assert_eq!(server.metric("electron_turns_total{finish_reason=\"cancelled\"}").await, counted + 1.0);
     });
 }
 
@@ -187,14 +155,7 @@ fn a_full_queue_refuses_and_says_when_to_come_back() {
         }
         let refused = server.post(&body).await;
         assert_eq!(refused.status(), 503);
-        assert!(
-            refused.headers()["retry-after"]
-                .to_str()
-                .unwrap()
-                .parse::<u64>()
-                .unwrap()
-                >= 1
-        );
+        assert!(refused.headers()["retry-after"].to_str().unwrap().parse::<u64>().unwrap() >= 1);
         let why: Value = refused.json().await.unwrap();
         assert_eq!(why["error"]["type"], "overloaded_error");
         drop(running);
@@ -206,20 +167,12 @@ fn a_full_queue_refuses_and_says_when_to_come_back() {
 fn keys_have_their_limits() {
     run(async {
         let keys = vec![key("a", 1, 0, &[]), key("b", 0, 1, &[]), key("c", 0, 0, &["other"])];
-        let config = Config {
-            keys,
-            ..Config::default()
-        };
+        let config = Config { keys, ..Config::default() };
         let server = Server::start(config).await;
         let ask = |key: &'static str, stream: bool| {
             let mut body = request(PLAIN, "Hi");
             body["stream"] = stream.into();
-            server
-                .http
-                .post(format!("{}/v1/chat/completions", server.url))
-                .bearer_auth(key)
-                .json(&body)
-                .send()
+            server.http.post(format!("{}/v1/chat/completions", server.url)).bearer_auth(key).json(&body).send()
         };
         assert_eq!(ask("a", false).await.unwrap().status(), 200);
         let refused = ask("a", false).await.unwrap();
@@ -247,49 +200,22 @@ fn keys_have_their_limits() {
 fn every_answer_carries_an_id_and_every_error_its_details() {
     run(async {
         let url = format!("{}/v1/chat/completions", SERVER.url);
-        let kept = SERVER
-            .http
-            .post(&url)
-            .bearer_auth(KEY)
-            .header("x-request-id", "mine-1")
-            .body("{")
-            .send()
-            .await
-            .unwrap();
+        let kept =
+            SERVER.http.post(&url).bearer_auth(KEY).header("x-request-id", "mine-1").body("{").send().await.unwrap();
         assert_eq!(kept.headers()["x-request-id"], "mine-1");
         let error: Value = kept.json().await.unwrap();
         assert_eq!(error["error"]["request_id"], "mine-1");
 
-        let odd = SERVER
-            .http
-            .get(format!("{}/nothing", SERVER.url))
-            .header("x-request-id", "a b")
-            .send()
-            .await
-            .unwrap();
+        let odd =
+            SERVER.http.get(format!("{}/nothing", SERVER.url)).header("x-request-id", "a b").send().await.unwrap();
         assert_eq!(odd.status(), 404);
         assert_ne!(odd.headers()["x-request-id"], "a b");
-        assert_eq!(
-            SERVER.http.get(&url).bearer_auth(KEY).send().await.unwrap().status(),
-            405
-        );
+        assert_eq!(SERVER.http.get(&url).bearer_auth(KEY).send().await.unwrap().status(), 405);
 
-        let faults = SERVER
-            .post(&json!({"model": 1, "messages": [{"role": "ghost"}], "temperature": 3, "n": 2}))
-            .await;
+        let faults = SERVER.post(&json!({"model": 1, "messages": [{"role": "ghost"}], "temperature": 3, "n": 2})).await;
         let error: Value = faults.json().await.unwrap();
-        let paths: Vec<&Value> = error["error"]["details"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|d| &d["path"])
-            .collect();
-        for path in [
-            json!(["model"]),
-            json!(["messages", 0, "role"]),
-            json!(["temperature"]),
-            json!(["n"]),
-        ] {
+        let paths: Vec<&Value> = error["error"]["details"].as_array().unwrap().iter().map(|d| &d["path"]).collect();
+        for path in [json!(["model"]), json!(["messages", 0, "role"]), json!(["temperature"]), json!(["n"])] {
             assert!(paths.contains(&&path), "{path} is missing in {paths:?}");
         }
     });
@@ -325,23 +251,9 @@ fn broken_bytes_on_the_wire_do_no_harm() {
 #[test]
 fn the_contract_is_served() {
     run(async {
-        let text = SERVER
-            .http
-            .get(format!("{}/openapi.yaml", SERVER.url))
-            .send()
-            .await
-            .unwrap()
-            .text()
-            .await
-            .unwrap();
+        let text = SERVER.http.get(format!("{}/openapi.yaml", SERVER.url)).send().await.unwrap().text().await.unwrap();
         assert!(text.contains("/waves/v1/chat/completions"));
-        let waves = SERVER
-            .http
-            .get(format!("{}/waves/v1/models", SERVER.url))
-            .bearer_auth(KEY)
-            .send()
-            .await
-            .unwrap();
+        let waves = SERVER.http.get(format!("{}/waves/v1/models", SERVER.url)).bearer_auth(KEY).send().await.unwrap();
         assert_eq!(waves.json::<Value>().await.unwrap()["data"][0]["id"], "electron");
     });
 }

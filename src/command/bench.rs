@@ -31,13 +31,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "URL")]
     url: Option<String>,
     /// The server's key.
-    #[arg(
-        long,
-        value_name = "KEY",
-        env = "ELECTRON_API_KEY",
-        default_value = "",
-        hide_env_values = true
-    )]
+    #[arg(long, value_name = "KEY", env = "ELECTRON_API_KEY", default_value = "", hide_env_values = true)]
     key: String,
     /// With the model in this process: measure the engine, a server in front of it, or both in turn.
     #[arg(long, value_enum, default_value_t = Through::Both)]
@@ -204,12 +198,7 @@ async fn measure(options: &Options, targets: &[(&'static str, Target)], model: &
             eprintln!("{} of {}: {error}", total.errors.len(), total.through);
         }
         let average = |cold: bool, of: fn(&Usage) -> usize| {
-            let of_kind: Vec<usize> = total
-                .samples
-                .iter()
-                .filter(|s| s.cold == cold)
-                .map(|s| of(&s.usage))
-                .collect();
+            let of_kind: Vec<usize> = total.samples.iter().filter(|s| s.cold == cold).map(|s| of(&s.usage)).collect();
             of_kind.iter().sum::<usize>() as f64 / of_kind.len().max(1) as f64
         };
         let tokens: usize = total.samples.iter().map(|s| s.usage.completion_tokens).sum();
@@ -243,11 +232,7 @@ async fn converse(
 ) -> (Vec<Sample>, Vec<String>) {
     let mut rng = StdRng::seed_from_u64(seed);
     let (mut samples, mut errors) = (Vec::new(), Vec::new());
-    let system = if options.tools {
-        AGENT
-    } else {
-        "You are a helpful assistant."
-    };
+    let system = if options.tools { AGENT } else { "You are a helpful assistant." };
     let mut messages = vec![json!({"role": "system", "content": system})];
     for turn in 0..options.turns {
         let length = if turn == 0 { options.history } else { options.new };
@@ -267,11 +252,7 @@ async fn converse(
                 for call in answered {
                     messages.push(json!({"role": "tool", "tool_call_id": call["id"], "content": "{\"ok\": true}"}));
                 }
-                samples.push(Sample {
-                    cold: turn == 0,
-                    first,
-                    usage,
-                });
+                samples.push(Sample { cold: turn == 0, first, usage });
             }
             Err(e) => {
                 errors.push(e);
@@ -355,11 +336,7 @@ fn percentiles<'a>(samples: impl Iterator<Item = &'a Sample>) -> Percentiles {
         let _ = histogram.record(sample.first.as_micros() as u64);
     }
     let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
-    Percentiles {
-        p50: at(0.5),
-        p95: at(0.95),
-        p99: at(0.99),
-    }
+    Percentiles { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
 }
 
 fn print(rows: &[Row]) {

@@ -23,13 +23,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "URL")]
     url: Option<String>,
     /// The server's key.
-    #[arg(
-        long,
-        value_name = "KEY",
-        env = "ELECTRON_API_KEY",
-        default_value = "",
-        hide_env_values = true
-    )]
+    #[arg(long, value_name = "KEY", env = "ELECTRON_API_KEY", default_value = "", hide_env_values = true)]
     key: String,
     /// The system prompt. The default is that of a phone agent, which turns the filler on.
     #[arg(long, value_name = "TEXT")]
@@ -166,10 +160,7 @@ fn ask(who: &str) -> Result<Option<String>, String> {
         std::io::stdout().flush().map_err(|e| e.to_string())?;
     }
     let mut line = String::new();
-    std::io::stdin()
-        .lock()
-        .read_line(&mut line)
-        .map_err(|e| e.to_string())?;
+    std::io::stdin().lock().read_line(&mut line).map_err(|e| e.to_string())?;
     let line = line.trim();
     Ok((!line.is_empty()).then(|| line.to_owned()))
 }

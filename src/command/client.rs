@@ -15,11 +15,7 @@ use crate::{
 #[derive(Clone)]
 pub(super) enum Target {
     /// A server.
-    Server {
-        http: reqwest::Client,
-        url: String,
-        key: String,
-    },
+    Server { http: reqwest::Client, url: String, key: String },
     /// A model in this process, without a server in between.
     Engine(Arc<Electron>),
 }
@@ -32,15 +28,8 @@ pub(super) type Events = Pin<Box<dyn Stream<Item = Result<TurnEvent, String>> + 
 impl Target {
     /// A server at a base URL such as `http://127.0.0.1:8080`.
     pub(super) fn server(url: &str, key: &str) -> Result<Self, String> {
-        let http = reqwest::Client::builder()
-            .tcp_nodelay(true)
-            .build()
-            .map_err(|e| e.to_string())?;
-        Ok(Self::Server {
-            http,
-            url: url.trim_end_matches('/').to_owned(),
-            key: key.to_owned(),
-        })
+        let http = reqwest::Client::builder().tcp_nodelay(true).build().map_err(|e| e.to_string())?;
+        Ok(Self::Server { http, url: url.trim_end_matches('/').to_owned(), key: key.to_owned() })
     }
 
     /// Starts a turn from the body of a chat completion.
@@ -55,25 +44,15 @@ impl Target {
                 Ok(Box::pin(events.map(|event| event.map_err(|e| e.to_string()))))
             }
             Self::Server { http, url, key } => {
-                let sent = http
-                    .post(format!("{url}/v1/chat/completions"))
-                    .bearer_auth(key)
-                    .json(&body)
-                    .send()
-                    .await;
+                let sent = http.post(format!("{url}/v1/chat/completions")).bearer_auth(key).json(&body).send().await;
                 let response = sent.map_err(|e| format!("{url} did not answer: {e}"))?;
                 let status = response.status();
                 if !status.is_success() {
                     let body: Value = response.json().await.unwrap_or_default();
-                    let why = body["error"]["message"]
-                        .as_str()
-                        .unwrap_or("no reason given")
-                        .to_owned();
+                    let why = body["error"]["message"].as_str().unwrap_or("no reason given").to_owned();
                     return Err(format!("{status}: {why}"));
                 }
-                Ok(Box::pin(events(
-                    response.bytes_stream().map(|chunk| chunk.map_err(|e| e.to_string())),
-                )))
+                Ok(Box::pin(events(response.bytes_stream().map(|chunk| chunk.map_err(|e| e.to_string())))))
             }
         }
     }
@@ -98,9 +77,7 @@ fn events(
     let mut reason = FinishReason::Stop;
     lines.flat_map(move |line| {
         let parsed = match line {
-            Ok(line) => line
-                .strip_prefix("data: ")
-                .map_or_else(Vec::new, |data| chunk_events(data, &mut reason)),
+            Ok(line) => line.strip_prefix("data: ").map_or_else(Vec::new, |data| chunk_events(data, &mut reason)),
             Err(e) => vec![Err(e)],
         };
         stream::iter(parsed)
@@ -118,20 +95,13 @@ fn chunk_events(data: &str, reason: &mut FinishReason) -> Vec<Result<TurnEvent, 
     let mut out = Vec::new();
     let delta = &chunk["choices"][0]["delta"];
     if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
-        out.push(Ok(TurnEvent::Text {
-            delta: text.to_owned(),
-            logprobs: Vec::new(),
-        }));
+        out.push(Ok(TurnEvent::Text { delta: text.to_owned(), logprobs: Vec::new() }));
     }
     for call in delta["tool_calls"].as_array().into_iter().flatten() {
         let index = call["index"].as_u64().unwrap_or(0) as usize;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         if call["id"].is_string() {
-            out.push(Ok(TurnEvent::CallBegun {
-                index,
-                id: text(&call["id"]),
-                name: text(&call["function"]["name"]),
-            }));
+            out.push(Ok(TurnEvent::CallBegun { index, id: text(&call["id"]), name: text(&call["function"]["name"]) }));
         }
         let delta = text(&call["function"]["arguments"]);
         if !delta.is_empty() {

@@ -18,11 +18,7 @@ pub(super) fn run(command: &Command) -> Result<(), String> {
     let Command::Create { name } = command;
     let key = new_key()?;
     println!("The key, shown this once:\n\n  {key}\n\nFor the configuration, which holds only its hash:\n");
-    println!(
-        "[[keys]]\nname = {}\nhash = \"{}\"",
-        toml::Value::String(name.clone()),
-        hash_key(&key)
-    );
+    println!("[[keys]]\nname = {}\nhash = \"{}\"", toml::Value::String(name.clone()), hash_key(&key));
     println!("# models = [\"electron\"]      # none listed are all\n# requests_per_minute = 600\n# concurrency = 8");
     Ok(())
 }

@@ -90,11 +90,7 @@ impl Settings {
             flags.push((name.trim().to_owned(), value.trim().to_owned()));
         }
         let short = [("model.source", &self.model), ("server.listen", &self.listen)];
-        flags.extend(
-            short
-                .into_iter()
-                .filter_map(|(name, value)| Some((name.to_owned(), value.clone()?))),
-        );
+        flags.extend(short.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value.clone()?))));
         Config::load(self.config.as_deref(), std::env::vars(), &flags).map_err(|e| e.to_string())
     }
 }

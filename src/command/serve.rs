@@ -32,11 +32,7 @@ async fn serve(config: Config) -> Result<(), String> {
     // The port first: if it is taken, nobody should wait for a model to learn that.
     let listener = server::bind(config.server.listen).await?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
-    let key = if config.keys.is_empty() {
-        Some(server::new_key()?)
-    } else {
-        None
-    };
+    let key = if config.keys.is_empty() { Some(server::new_key()?) } else { None };
     let app = App::new(config.clone(), key.as_deref());
 
     // While the model loads, /health/live answers and everything else says that it is loading.

@@ -60,12 +60,8 @@ pub fn parse(body: &[u8], filler: FillerPolicy) -> Result<Request, Error> {
             "The body is empty; a JSON object is expected.",
         )]));
     }
-    let body: Value = serde_json::from_slice(body).map_err(|e| {
-        Error::Invalid(vec![crate::error::Fault::new(
-            [],
-            format!("The body is not valid JSON: {e}"),
-        )])
-    })?;
+    let body: Value = serde_json::from_slice(body)
+        .map_err(|e| Error::Invalid(vec![crate::error::Fault::new([], format!("The body is not valid JSON: {e}"))]))?;
     let mut faults = Faults::default();
     let Some(fields) = Fields::of(&body, Vec::new(), &mut faults) else {
         return faults.or(()).and(Err(Error::Internal("a fault was lost".into())));
@@ -91,21 +87,8 @@ pub fn parse(body: &[u8], filler: FillerPolicy) -> Result<Request, Error> {
     if fields.get("prompt_logprobs").is_some() {
         faults_ref.add(fields.at("prompt_logprobs"), "prompt_logprobs is not supported");
     }
-    let turn = Turn {
-        messages,
-        tools: tools.into(),
-        tool_choice,
-        parallel_tool_calls,
-        sampling,
-        format,
-        filler,
-    };
-    faults.or(Request {
-        model,
-        turn,
-        stream,
-        include_usage,
-    })
+    let turn = Turn { messages, tools: tools.into(), tool_choice, parallel_tool_calls, sampling, format, filler };
+    faults.or(Request { model, turn, stream, include_usage })
 }
 
 fn messages(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Message> {
@@ -117,10 +100,7 @@ fn messages(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Message> {
         return Vec::new();
     };
     if list.is_empty() || list.len() > MOST_MESSAGES {
-        faults.add(
-            path(),
-            format!("messages has to hold 1 to {MOST_MESSAGES} messages, not {}", list.len()),
-        );
+        faults.add(path(), format!("messages has to hold 1 to {MOST_MESSAGES} messages, not {}", list.len()));
         return Vec::new();
     }
     let mut messages = Vec::with_capacity(list.len());
@@ -147,10 +127,7 @@ fn message(fields: &Fields<'_>, called: &mut HashSet<String>, faults: &mut Fault
             called.extend(tool_calls.iter().map(|call| call.id.clone()));
             let content = content(fields, faults);
             if content.is_none() && tool_calls.is_empty() && faults.is_empty() {
-                faults.add(
-                    fields.at("content"),
-                    "content is required on an assistant message without tool_calls",
-                );
+                faults.add(fields.at("content"), "content is required on an assistant message without tool_calls");
             }
             Some(Message::Assistant { content, tool_calls })
         }
@@ -162,10 +139,7 @@ fn message(fields: &Fields<'_>, called: &mut HashSet<String>, faults: &mut Fault
                     format!("tool_call_id `{call_id}` answers no call of an earlier assistant message"),
                 );
             }
-            Some(Message::Tool {
-                call_id: call_id.to_owned(),
-                content: required_content(fields, faults)?,
-            })
+            Some(Message::Tool { call_id: call_id.to_owned(), content: required_content(fields, faults)? })
         }
         other => {
             let allowed = "system, developer, user, assistant or tool";
@@ -196,10 +170,7 @@ fn content(fields: &Fields<'_>, faults: &mut Faults) -> Option<String> {
                 match part.required_text("type", faults) {
                     Some("text") => whole.push_str(part.required_text("text", faults).unwrap_or_default()),
                     Some(other) => {
-                        faults.add(
-                            part.at("type"),
-                            format!("only parts of type text are served, not `{other}`"),
-                        );
+                        faults.add(part.at("type"), format!("only parts of type text are served, not `{other}`"));
                     }
                     None => {}
                 }
@@ -234,11 +205,7 @@ fn tool_calls(fields: &Fields<'_>, faults: &mut Faults) -> Vec<ToolCall> {
         let name = function.required_text("name", faults);
         let arguments = function.required_text("arguments", faults);
         if let (Some(id), Some(name), Some(arguments)) = (id, name, arguments) {
-            calls.push(ToolCall {
-                id: id.to_owned(),
-                name: name.to_owned(),
-                arguments: arguments.to_owned(),
-            });
+            calls.push(ToolCall { id: id.to_owned(), name: name.to_owned(), arguments: arguments.to_owned() });
         }
     }
     calls
@@ -247,10 +214,7 @@ fn tool_calls(fields: &Fields<'_>, faults: &mut Faults) -> Vec<ToolCall> {
 fn tools(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Tool> {
     let list = fields.list("tools", faults).unwrap_or_default();
     if list.len() > MOST_TOOLS {
-        faults.add(
-            fields.at("tools"),
-            format!("tools may hold up to {MOST_TOOLS} tools, not {}", list.len()),
-        );
+        faults.add(fields.at("tools"), format!("tools may hold up to {MOST_TOOLS} tools, not {}", list.len()));
         return Vec::new();
     }
     let mut tools: Vec<Tool> = Vec::with_capacity(list.len());
@@ -260,10 +224,7 @@ fn tools(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Tool> {
             continue;
         };
         if let Some(other) = tool.required_text("type", faults).filter(|t| *t != "function") {
-            faults.add(
-                tool.at("type"),
-                format!("only tools of type function are served, not `{other}`"),
-            );
+            faults.add(tool.at("type"), format!("only tools of type function are served, not `{other}`"));
             continue;
         }
         let Some(function) = tool.get("function") else {
@@ -278,31 +239,18 @@ fn tools(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Tool> {
         };
         let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
         if name.is_empty() || name.len() > 64 || !name.chars().all(valid) {
-            faults.add(
-                function.at("name"),
-                "name has to be 1 to 64 letters, digits, underscores, dashes or dots",
-            );
+            faults.add(function.at("name"), "name has to be 1 to 64 letters, digits, underscores, dashes or dots");
         }
         if tools.iter().any(|tool| tool.name == name) {
             faults.add(function.at("name"), format!("name `{name}` is used by two tools"));
         }
-        let parameters = function
-            .get("parameters")
-            .cloned()
-            .unwrap_or_else(|| Value::Object(Default::default()));
+        let parameters = function.get("parameters").cloned().unwrap_or_else(|| Value::Object(Default::default()));
         if !parameters.is_object() {
             let what = kind(&parameters);
-            faults.add(
-                function.at("parameters"),
-                format!("parameters has to be a JSON schema, an object, not {what}"),
-            );
+            faults.add(function.at("parameters"), format!("parameters has to be a JSON schema, an object, not {what}"));
         }
         let description = function.text("description", faults).map(str::to_owned);
-        tools.push(Tool {
-            name: name.to_owned(),
-            description,
-            parameters,
-        });
+        tools.push(Tool { name: name.to_owned(), description, parameters });
     }
     tools
 }
@@ -316,10 +264,7 @@ fn tool_choice(fields: &Fields<'_>, tools: &[Tool], faults: &mut Faults) -> Tool
             "required" => ToolChoice::Required,
             other => {
                 let allowed = "auto, none, required or a function";
-                faults.add(
-                    fields.at("tool_choice"),
-                    format!("tool_choice has to be {allowed}, not `{other}`"),
-                );
+                faults.add(fields.at("tool_choice"), format!("tool_choice has to be {allowed}, not `{other}`"));
                 return ToolChoice::Auto;
             }
         },
@@ -364,10 +309,7 @@ fn sampling(fields: &Fields<'_>, faults: &mut Faults) -> Sampling {
             list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
         }
         Some(_) => {
-            faults.add(
-                fields.at("stop"),
-                format!("stop has to be a string or a list of up to {MOST_STOPS} strings"),
-            );
+            faults.add(fields.at("stop"), format!("stop has to be a string or a list of up to {MOST_STOPS} strings"));
             Vec::new()
         }
     };
@@ -384,13 +326,9 @@ fn sampling(fields: &Fields<'_>, faults: &mut Faults) -> Sampling {
     Sampling {
         temperature: fields.number("temperature", 0.0..=2.0, faults).unwrap_or(1.0) as f32,
         top_p: fields.number("top_p", 0.0..=1.0, faults).unwrap_or(1.0) as f32,
-        max_tokens: max_completion_tokens
-            .or(max_tokens)
-            .and_then(|n| usize::try_from(n).ok()),
+        max_tokens: max_completion_tokens.or(max_tokens).and_then(|n| usize::try_from(n).ok()),
         stop: stop.into_iter().filter(|text| !text.is_empty()).collect(),
-        seed: fields
-            .whole("seed", i64::MIN..=i64::MAX, faults)
-            .map(|seed| seed as u64),
+        seed: fields.whole("seed", i64::MIN..=i64::MAX, faults).map(|seed| seed as u64),
         logit_bias: logit_bias(fields, faults),
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0, faults).unwrap_or(0.0) as f32,
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0, faults).unwrap_or(0.0) as f32,
@@ -403,25 +341,15 @@ fn logit_bias(fields: &Fields<'_>, faults: &mut Faults) -> Vec<(u32, f32)> {
         return Vec::new();
     };
     let Value::Object(map) = value else {
-        faults.add(
-            fields.at("logit_bias"),
-            format!("logit_bias has to be an object, not {}", kind(value)),
-        );
+        faults.add(fields.at("logit_bias"), format!("logit_bias has to be an object, not {}", kind(value)));
         return Vec::new();
     };
     let mut biases = Vec::with_capacity(map.len());
     for (token, bias) in map {
-        match (
-            token.parse(),
-            bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias)),
-        ) {
+        match (token.parse(), bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias))) {
             (Ok(token), Some(bias)) => biases.push((token, bias as f32)),
             _ => {
-                let at = fields
-                    .at("logit_bias")
-                    .into_iter()
-                    .chain([token.clone().into()])
-                    .collect();
+                let at = fields.at("logit_bias").into_iter().chain([token.clone().into()]).collect();
                 faults.add(at, "logit_bias has to map token ids to numbers from -100 to 100");
             }
         }
@@ -450,10 +378,7 @@ fn format(fields: &Fields<'_>, faults: &mut Faults) -> OutputFormat {
                 None => OutputFormat::JsonObject,
                 Some(schema) if schema.is_object() => OutputFormat::JsonSchema(schema.clone()),
                 Some(other) => {
-                    faults.add(
-                        named.at("schema"),
-                        format!("schema has to be an object, not {}", kind(other)),
-                    );
+                    faults.add(named.at("schema"), format!("schema has to be an object, not {}", kind(other)));
                     OutputFormat::Text
                 }
             }
@@ -601,46 +526,28 @@ impl From<Usage> for UsageFigures {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens + usage.completion_tokens,
-            prompt_tokens_details: PromptDetails {
-                cached_tokens: usage.cached_tokens,
-            },
+            prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens },
         }
     }
 }
 
 impl Head {
     fn new(object: &'static str, model: &str) -> Self {
-        let created = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or(Duration::ZERO)
-            .as_secs();
-        Self {
-            id: format!("chatcmpl-{}", Uuid::now_v7().simple()),
-            object,
-            created,
-            model: model.into(),
-        }
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+        Self { id: format!("chatcmpl-{}", Uuid::now_v7().simple()), object, created, model: model.into() }
     }
 }
 
 fn logprob_token(bytes: Vec<u8>, logprob: f32) -> LogprobToken {
     // JSON has no infinity; a token that could not come at all is given the least likelihood of a double.
     const IMPOSSIBLE: f32 = -9999.0;
-    LogprobToken {
-        token: String::from_utf8_lossy(&bytes).into_owned(),
-        logprob: logprob.max(IMPOSSIBLE),
-        bytes,
-    }
+    LogprobToken { token: String::from_utf8_lossy(&bytes).into_owned(), logprob: logprob.max(IMPOSSIBLE), bytes }
 }
 
 fn logprob_entries(tokens: Vec<TokenLogprob>) -> impl Iterator<Item = LogprobEntry> {
     tokens.into_iter().map(|token| LogprobEntry {
         token: logprob_token(token.bytes, token.logprob),
-        top_logprobs: token
-            .top
-            .into_iter()
-            .map(|(bytes, logprob)| logprob_token(bytes, logprob))
-            .collect(),
+        top_logprobs: token.top.into_iter().map(|(bytes, logprob)| logprob_token(bytes, logprob)).collect(),
     })
 }
 
@@ -659,10 +566,7 @@ async fn whole(
     let mut logprobs = Vec::new();
     loop {
         match next(&mut events, deadline).await? {
-            TurnEvent::Text {
-                delta,
-                logprobs: tokens,
-            } => {
+            TurnEvent::Text { delta, logprobs: tokens } => {
                 text.push_str(&delta);
                 logprobs.extend(logprob_entries(tokens));
             }
@@ -670,10 +574,7 @@ async fn whole(
                 calls.push(AnswerCall {
                     id,
                     kind: "function",
-                    function: AnswerFunction {
-                        name,
-                        arguments: String::new(),
-                    },
+                    function: AnswerFunction { name, arguments: String::new() },
                 });
             }
             TurnEvent::Arguments { index, delta } => {
@@ -684,22 +585,9 @@ async fn whole(
             TurnEvent::CallEnded { .. } => {}
             TurnEvent::Finished { reason, usage } => {
                 let content = (!text.is_empty() || calls.is_empty()).then_some(text);
-                let message = AnswerMessage {
-                    role: "assistant",
-                    content,
-                    refusal: None,
-                    tool_calls: calls,
-                };
-                let logprobs = wants_logprobs.then_some(Logprobs {
-                    content: logprobs,
-                    refusal: None,
-                });
-                let choice = Choice {
-                    index: 0,
-                    message,
-                    logprobs,
-                    finish_reason: reason.as_str(),
-                };
+                let message = AnswerMessage { role: "assistant", content, refusal: None, tool_calls: calls };
+                let logprobs = wants_logprobs.then_some(Logprobs { content: logprobs, refusal: None });
+                let choice = Choice { index: 0, message, logprobs, finish_reason: reason.as_str() };
                 return Ok(Completion {
                     head: Head::new("chat.completion", model),
                     choices: [choice],
@@ -725,45 +613,22 @@ impl Sse {
         let mut out = String::with_capacity(320);
         if !self.begun {
             self.begun = true;
-            let delta = Delta {
-                role: Some("assistant"),
-                content: Some(""),
-                tool_calls: None,
-            };
+            let delta = Delta { role: Some("assistant"), content: Some(""), tool_calls: None };
             self.chunk(&mut out, delta, None, None);
         }
         let call = |index, id, kind, name, arguments| Delta {
-            tool_calls: Some([DeltaCall {
-                index,
-                id,
-                kind,
-                function: DeltaFunction { name, arguments },
-            }]),
+            tool_calls: Some([DeltaCall { index, id, kind, function: DeltaFunction { name, arguments } }]),
             ..Delta::default()
         };
         match &event {
             TurnEvent::Text { delta, logprobs } => {
-                let logprobs = self.wants_logprobs.then(|| Logprobs {
-                    content: logprob_entries(logprobs.clone()).collect(),
-                    refusal: None,
-                });
-                self.chunk(
-                    &mut out,
-                    Delta {
-                        content: Some(delta),
-                        ..Delta::default()
-                    },
-                    logprobs,
-                    None,
-                );
+                let logprobs = self
+                    .wants_logprobs
+                    .then(|| Logprobs { content: logprob_entries(logprobs.clone()).collect(), refusal: None });
+                self.chunk(&mut out, Delta { content: Some(delta), ..Delta::default() }, logprobs, None);
             }
             TurnEvent::CallBegun { index, id, name } => {
-                self.chunk(
-                    &mut out,
-                    call(*index, Some(id), Some("function"), Some(name), ""),
-                    None,
-                    None,
-                );
+                self.chunk(&mut out, call(*index, Some(id), Some("function"), Some(name), ""), None, None);
             }
             TurnEvent::Arguments { index, delta } => {
                 self.chunk(&mut out, call(*index, None, None, None, delta), None, None);
@@ -772,14 +637,7 @@ impl Sse {
             TurnEvent::Finished { reason, usage } => {
                 self.chunk(&mut out, Delta::default(), None, Some(*reason));
                 if self.include_usage {
-                    self.write(
-                        &mut out,
-                        &Chunk {
-                            head: &self.head,
-                            choices: &[],
-                            usage: Some(Some((*usage).into())),
-                        },
-                    );
+                    self.write(&mut out, &Chunk { head: &self.head, choices: &[], usage: Some(Some((*usage).into())) });
                 }
                 out.push_str("data: [DONE]\n\n");
             }
@@ -788,20 +646,8 @@ impl Sse {
     }
 
     fn chunk(&self, out: &mut String, delta: Delta<'_>, logprobs: Option<Logprobs>, reason: Option<FinishReason>) {
-        let choices = [ChunkChoice {
-            index: 0,
-            delta,
-            logprobs,
-            finish_reason: reason.map(FinishReason::as_str),
-        }];
-        self.write(
-            out,
-            &Chunk {
-                head: &self.head,
-                choices: &choices,
-                usage: self.include_usage.then_some(None),
-            },
-        );
+        let choices = [ChunkChoice { index: 0, delta, logprobs, finish_reason: reason.map(FinishReason::as_str) }];
+        self.write(out, &Chunk { head: &self.head, choices: &choices, usage: self.include_usage.then_some(None) });
     }
 
     fn write(&self, out: &mut String, chunk: &impl Serialize) {
@@ -817,9 +663,7 @@ async fn next(events: &mut TurnStream, deadline: Instant) -> Result<TurnEvent, E
     match tokio::time::timeout_at(deadline, events.next()).await {
         Ok(Some(event)) => event,
         Ok(None) => Err(Error::EngineFailed("it stopped in the middle of an answer".into())),
-        Err(_) => Err(Error::EngineFailed(
-            "the answer took longer than the server's request_timeout".into(),
-        )),
+        Err(_) => Err(Error::EngineFailed("the answer took longer than the server's request_timeout".into())),
     }
 }
 
@@ -849,13 +693,7 @@ pub struct Answering {
 /// What the turn fails with before its first event; later failures end the stream with an error event.
 pub async fn answer(mut answering: Answering) -> Result<Response<Body>, Error> {
     if !answering.stream {
-        let Answering {
-            events,
-            model,
-            wants_logprobs,
-            deadline,
-            ..
-        } = answering;
+        let Answering { events, model, wants_logprobs, deadline, .. } = answering;
         let completion = whole(events, &model, wants_logprobs, deadline).await?;
         let body = serde_json::to_vec(&completion).map_err(|e| Error::Internal(e.to_string()))?;
         return Ok(response("application/json", Body::from(body)));
@@ -871,21 +709,8 @@ pub async fn answer(mut answering: Answering) -> Result<Response<Body>, Error> {
 }
 
 fn sse(answering: Answering, first: TurnEvent) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
-    let Answering {
-        events,
-        model,
-        include_usage,
-        wants_logprobs,
-        request_id,
-        deadline,
-        ..
-    } = answering;
-    let render = Sse {
-        head: Head::new("chat.completion.chunk", &model),
-        include_usage,
-        wants_logprobs,
-        begun: false,
-    };
+    let Answering { events, model, include_usage, wants_logprobs, request_id, deadline, .. } = answering;
+    let render = Sse { head: Head::new("chat.completion.chunk", &model), include_usage, wants_logprobs, begun: false };
     let state = (render, events, Some(Ok(first)), false);
     stream::unfold(state, move |(mut render, mut events, ready, over)| {
         let request_id = request_id.clone();
@@ -915,9 +740,7 @@ fn sse(answering: Answering, first: TurnEvent) -> impl Stream<Item = Result<Byte
 fn response(content_type: &'static str, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = StatusCode::OK;
-    response
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 

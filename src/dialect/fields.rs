@@ -33,11 +33,7 @@ impl Faults {
 
     /// The value, if no fault was found.
     pub(super) fn or<T>(self, value: T) -> Result<T, Error> {
-        if self.0.is_empty() {
-            Ok(value)
-        } else {
-            Err(Error::Invalid(self.0))
-        }
+        if self.0.is_empty() { Ok(value) } else { Err(Error::Invalid(self.0)) }
     }
 }
 
@@ -83,10 +79,7 @@ impl<'a> Fields<'a> {
     pub(super) fn flag(&self, name: &'static str, faults: &mut Faults) -> Option<bool> {
         let value = self.get(name)?;
         if value.as_bool().is_none() {
-            faults.add(
-                self.at(name),
-                format!("{name} has to be true or false, not {}", kind(value)),
-            );
+            faults.add(self.at(name), format!("{name} has to be true or false, not {}", kind(value)));
         }
         value.as_bool()
     }
@@ -118,10 +111,7 @@ impl<'a> Fields<'a> {
                     (low, i64::MAX) => format!("a whole number from {low}"),
                     (low, high) => format!("a whole number from {low} to {high}"),
                 };
-                faults.add(
-                    self.at(name),
-                    format!("{name} has to be {allowed}, not {}", shown(value)),
-                );
+                faults.add(self.at(name), format!("{name} has to be {allowed}, not {}", shown(value)));
                 None
             }
         }
@@ -151,9 +141,5 @@ pub(super) fn kind(value: &Value) -> &'static str {
 /// A value for an error text: whole when it is short.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
-    if text.chars().count() <= 40 {
-        text
-    } else {
-        kind(value).to_owned()
-    }
+    if text.chars().count() <= 40 { text } else { kind(value).to_owned() }
 }

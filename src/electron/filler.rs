@@ -30,12 +30,9 @@ pub fn is_voice_prompt(system_prompt: &str) -> bool {
 }
 
 static VOICE_PROMPT: LazyLock<Patterns<()>> = LazyLock::new(|| {
-    Patterns::new(Language::all().flat_map(|language| {
-        entry(language)
-            .voice_prompt
-            .iter()
-            .map(|wording| (wording.as_str(), ()))
-    }))
+    Patterns::new(
+        Language::all().flat_map(|language| entry(language).voice_prompt.iter().map(|wording| (wording.as_str(), ()))),
+    )
 });
 
 /// Draws phrases at random for one conversation or turn, never the same one twice running.
@@ -104,11 +101,7 @@ static BOOK: LazyLock<Vec<Entry>> = LazyLock::new(|| {
     let mut tables: BTreeMap<String, Entry> = toml::from_str(include_str!("phrases.toml"))
         .expect("phrases.toml is part of the program and its tests read it");
     Language::all()
-        .map(|language| {
-            tables
-                .remove(language.code())
-                .expect("phrases.toml has a table for every code")
-        })
+        .map(|language| tables.remove(language.code()).expect("phrases.toml has a table for every code"))
         .collect()
 });
 
@@ -178,11 +171,7 @@ mod tests {
             "நீங்கள் ஒரு மருத்துவமனையின் குரல் உதவியாளர். அழைப்பாளரிடம் சுருக்கமாகப் பேசுங்கள்.",
             "நீங்கள் தொலைபேசிகள் மற்றும் ஆர்டர்கள் பற்றிய கேள்விகளுக்குப் பதிலளிக்கும் உதவியாளர்.",
         ),
-        (
-            "te",
-            "మీరు ఒక క్లినిక్ ఫోన్ ఏజెంట్. కాలర్‌తో క్లుప్తంగా మాట్లాడండి.",
-            "మీరు ఫోన్లు మరియు ఆర్డర్ల గురించి ప్రశ్నలకు సమాధానం ఇచ్చే సహాయకుడు.",
-        ),
+        ("te", "మీరు ఒక క్లినిక్ ఫోన్ ఏజెంట్. కాలర్‌తో క్లుప్తంగా మాట్లాడండి.", "మీరు ఫోన్లు మరియు ఆర్డర్ల గురించి ప్రశ్నలకు సమాధానం ఇచ్చే సహాయకుడు."),
         (
             "mr",
             "तुम्ही एका दवाखान्याचे व्हॉइस असिस्टंट आहात आणि फोनवर बोलता.",
@@ -208,11 +197,7 @@ mod tests {
             "ਤੁਸੀਂ ਇੱਕ ਕਲੀਨਿਕ ਦੇ ਫ਼ੋਨ ਏਜੰਟ ਹੋ। ਟੂਲ ਵਰਤਣ ਤੋਂ ਪਹਿਲਾਂ ਕਾਲਰ ਨੂੰ ਕਹੋ ਕਿ ਇੱਕ ਮਿੰਟ ਰੁਕੋ।",
             "ਤੁਸੀਂ ਫ਼ੋਨਾਂ ਅਤੇ ਆਰਡਰਾਂ ਬਾਰੇ ਸਵਾਲਾਂ ਦੇ ਜਵਾਬ ਦੇਣ ਵਾਲੇ ਸਹਾਇਕ ਹੋ।",
         ),
-        (
-            "or",
-            "ଆପଣ ଏକ କ୍ଲିନିକର ଭଏସ୍ ଏଜେଣ୍ଟ ଏବଂ ଫୋନରେ ଗ୍ରାହକଙ୍କ ସହ କଥା ହୁଅନ୍ତି।",
-            "ଆପଣ ଫୋନ୍ ଏବଂ ଅର୍ଡର ବିଷୟରେ ପ୍ରଶ୍ନର ଉତ୍ତର ଦେଉଥିବା ସହାୟକ।",
-        ),
+        ("or", "ଆପଣ ଏକ କ୍ଲିନିକର ଭଏସ୍ ଏଜେଣ୍ଟ ଏବଂ ଫୋନରେ ଗ୍ରାହକଙ୍କ ସହ କଥା ହୁଅନ୍ତି।", "ଆପଣ ଫୋନ୍ ଏବଂ ଅର୍ଡର ବିଷୟରେ ପ୍ରଶ୍ନର ଉତ୍ତର ଦେଉଥିବା ସହାୟକ।"),
         (
             "ur",
             "آپ ایک کلینک کے فون ایجنٹ ہیں۔ ٹول استعمال کرنے سے پہلے کالر سے کہیں کہ ایک لمحہ رکیں۔",
@@ -343,11 +328,7 @@ mod tests {
             "أنت مساعد صوتي لعيادة. قبل استخدام أي أداة قل للمتصل شيئاً قصيراً.",
             "أنت مساعد مفيد يجيب عن الأسئلة حول الهواتف والطلبات.",
         ),
-        (
-            "he",
-            "אתה נציג טלפוני של מרפאה. דבר בקצרה עם המתקשר.",
-            "אתה עוזר מועיל שעונה על שאלות על טלפונים והזמנות.",
-        ),
+        ("he", "אתה נציג טלפוני של מרפאה. דבר בקצרה עם המתקשר.", "אתה עוזר מועיל שעונה על שאלות על טלפונים והזמנות."),
         (
             "fa",
             "شما دستیار صوتی یک درمانگاه هستید و با تماس‌گیرنده کوتاه صحبت می‌کنید.",
@@ -388,11 +369,7 @@ mod tests {
             "Bạn là trợ lý giọng nói của một phòng khám. Hãy trả lời người gọi thật ngắn gọn.",
             "Bạn là trợ lý hữu ích trả lời câu hỏi về điện thoại và đơn hàng.",
         ),
-        (
-            "th",
-            "คุณเป็นผู้ช่วยเสียงของคลินิก ตอบผู้โทรอย่างสั้นกระชับ",
-            "คุณเป็นผู้ช่วยที่ตอบคำถามเกี่ยวกับโทรศัพท์และคำสั่งซื้อ",
-        ),
+        ("th", "คุณเป็นผู้ช่วยเสียงของคลินิก ตอบผู้โทรอย่างสั้นกระชับ", "คุณเป็นผู้ช่วยที่ตอบคำถามเกี่ยวกับโทรศัพท์และคำสั่งซื้อ"),
         (
             "id",
             "Anda adalah agen telepon sebuah klinik. Sebelum memakai alat, katakan sesuatu yang singkat.",
@@ -413,26 +390,14 @@ mod tests {
             "သင်သည် ဆေးခန်းတစ်ခု၏ အသံလက်ထောက် ဖြစ်သည်။ ဖုန်းခေါ်ဆိုသူကို တိုတိုပြောပါ။",
             "သင်သည် ဖုန်းများနှင့် အော်ဒါများအကြောင်း မေးခွန်းများကို ဖြေသော လက်ထောက် ဖြစ်သည်။",
         ),
-        (
-            "km",
-            "អ្នកគឺជាជំនួយការសំឡេងរបស់គ្លីនិក។ សូមឆ្លើយអ្នកហៅទូរស័ព្ទដោយខ្លី។",
-            "អ្នកគឺជាជំនួយការដែលឆ្លើយសំណួរអំពីទូរស័ព្ទ និងការបញ្ជាទិញ។",
-        ),
-        (
-            "lo",
-            "ທ່ານແມ່ນຜູ້ຊ່ວຍສຽງຂອງຄລີນິກ ແລະ ລົມທາງໂທລະສັບກັບຄົນເຈັບ.",
-            "ທ່ານແມ່ນຜູ້ຊ່ວຍທີ່ຕອບຄຳຖາມກ່ຽວກັບໂທລະສັບ ແລະ ຄຳສັ່ງຊື້.",
-        ),
+        ("km", "អ្នកគឺជាជំនួយការសំឡេងរបស់គ្លីនិក។ សូមឆ្លើយអ្នកហៅទូរស័ព្ទដោយខ្លី។", "អ្នកគឺជាជំនួយការដែលឆ្លើយសំណួរអំពីទូរស័ព្ទ និងការបញ្ជាទិញ។"),
+        ("lo", "ທ່ານແມ່ນຜູ້ຊ່ວຍສຽງຂອງຄລີນິກ ແລະ ລົມທາງໂທລະສັບກັບຄົນເຈັບ.", "ທ່ານແມ່ນຜູ້ຊ່ວຍທີ່ຕອບຄຳຖາມກ່ຽວກັບໂທລະສັບ ແລະ ຄຳສັ່ງຊື້."),
         (
             "ne",
             "तपाईं क्लिनिकको भ्वाइस असिस्टेन्ट हुनुहुन्छ र फोनमा बिरामीसँग कुरा गर्नुहुन्छ।",
             "तपाईं फोन र अर्डरबारे प्रश्नको जवाफ दिने सहायक हुनुहुन्छ।",
         ),
-        (
-            "si",
-            "ඔබ සායනයක හඬ සහායකයෙක්. අමතන්නාට කෙටියෙන් පිළිතුරු දෙන්න.",
-            "ඔබ දුරකථන සහ ඇණවුම් ගැන ප්‍රශ්නවලට පිළිතුරු දෙන සහායකයෙක්.",
-        ),
+        ("si", "ඔබ සායනයක හඬ සහායකයෙක්. අමතන්නාට කෙටියෙන් පිළිතුරු දෙන්න.", "ඔබ දුරකථන සහ ඇණවුම් ගැන ප්‍රශ්නවලට පිළිතුරු දෙන සහායකයෙක්."),
         (
             "kk",
             "Сен емхананың дауыстық көмекшісісің. Қоңырау шалушымен қысқа сөйлес.",
@@ -448,11 +413,7 @@ mod tests {
             "Wewe ni msaidizi wa sauti wa kliniki. Jibu anayepiga simu kwa ufupi.",
             "Wewe ni msaidizi anayejibu maswali kuhusu simu na oda.",
         ),
-        (
-            "am",
-            "አንተ የክሊኒክ የድምፅ ረዳት ነህ። ከደዋዩ ጋር ባጭሩ ተነጋገር።",
-            "አንተ ስለ ስልኮችና ትእዛዞች ጥያቄዎችን የምትመልስ ረዳት ነህ።",
-        ),
+        ("am", "አንተ የክሊኒክ የድምፅ ረዳት ነህ። ከደዋዩ ጋር ባጭሩ ተነጋገር።", "አንተ ስለ ስልኮችና ትእዛዞች ጥያቄዎችን የምትመልስ ረዳት ነህ።"),
         (
             "af",
             "Jy is 'n stemassistent van 'n kliniek en praat met pasiënte oor die telefoon.",
@@ -482,10 +443,7 @@ mod tests {
         assert_eq!(codes, all);
         let unheard: Vec<_> = PROMPTS.iter().filter(|(_, voice, _)| !is_voice_prompt(voice)).collect();
         assert!(unheard.is_empty(), "{unheard:#?}");
-        let misheard: Vec<_> = PROMPTS
-            .iter()
-            .filter(|(.., ordinary)| is_voice_prompt(ordinary))
-            .collect();
+        let misheard: Vec<_> = PROMPTS.iter().filter(|(.., ordinary)| is_voice_prompt(ordinary)).collect();
         assert!(misheard.is_empty(), "{misheard:#?}");
     }
 
@@ -545,15 +503,8 @@ mod tests {
                 (0, &entry.also_called),
             ] {
                 assert!(list.len() >= least, "{code}: {list:?}");
-                assert!(
-                    list.iter().all(|text| !text.is_empty() && text.trim() == text),
-                    "{code}: {list:?}"
-                );
-                assert_eq!(
-                    list.iter().collect::<BTreeSet<_>>().len(),
-                    list.len(),
-                    "{code} repeats itself: {list:?}"
-                );
+                assert!(list.iter().all(|text| !text.is_empty() && text.trim() == text), "{code}: {list:?}");
+                assert_eq!(list.iter().collect::<BTreeSet<_>>().len(), list.len(), "{code} repeats itself: {list:?}");
             }
             for wording in entry.voice_prompt.iter().chain(&entry.hint) {
                 assert_eq!(*wording, wording.to_lowercase(), "{code}");
@@ -562,10 +513,7 @@ mod tests {
                 assert!(stem.chars().count() >= 3, "{code}: {stem}* would match too much");
             }
             for phrase in entry.first.iter().chain(&entry.chained).chain(&entry.still_waiting) {
-                assert!(
-                    phrase.chars().count() <= 80,
-                    "{code}: too long to be a filler: {phrase}"
-                );
+                assert!(phrase.chars().count() <= 80, "{code}: too long to be a filler: {phrase}");
                 assert!(!phrase.contains(['{', '}', '<', '>', '*', '…']), "{code}: {phrase}");
                 // Thai has no full stop; the others are Burmese, Khmer, Ethiopic and Urdu.
                 let stops = ['.', '?', '。', '।', '\u{104B}', '\u{17D4}', '\u{1362}', '\u{06D4}'];
@@ -598,9 +546,7 @@ mod tests {
     fn a_seed_repeats_its_phrases() {
         let sequence = |seed| {
             let mut phrases = Phrases::new(Some(seed));
-            (0..12)
-                .map(|_| phrases.draw(Language::ENGLISH, Place::First, None))
-                .collect::<Vec<_>>()
+            (0..12).map(|_| phrases.draw(Language::ENGLISH, Place::First, None)).collect::<Vec<_>>()
         };
         assert_eq!(sequence(7), sequence(7));
         assert_ne!(sequence(7), sequence(8));
@@ -609,9 +555,7 @@ mod tests {
     #[test]
     fn every_phrase_is_drawn_some_time() {
         let mut phrases = Phrases::new(Some(1));
-        let drawn: BTreeSet<_> = (0..500)
-            .map(|_| phrases.draw(Language::ENGLISH, Place::First, None))
-            .collect();
+        let drawn: BTreeSet<_> = (0..500).map(|_| phrases.draw(Language::ENGLISH, Place::First, None)).collect();
         assert_eq!(drawn.len(), entry(Language::ENGLISH).first.len());
     }
 }

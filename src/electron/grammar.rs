@@ -24,7 +24,7 @@ use crate::{
 const MOST_CALLS: usize = 8;
 
 /// How results of tools are shown to a model without a form of its own, which it may imitate and nobody wants to hear.
-const RESPONSE: &str = "<tool_response>";
+const NEVER_SPOKEN: [&str; 2] = ["<tool_response", "</tool_"];
 
 /// Compiled grammars that are kept: agents use the same tools turn after turn.
 const KEPT: usize = 64;
@@ -65,12 +65,7 @@ impl Grammars {
     pub fn new(model: Arc<ModelInfo>, form: Form) -> Result<Self, String> {
         let mut factory = ParserFactory::new_simple(model.vocabulary.env()).map_err(|e| e.to_string())?;
         factory.quiet();
-        Ok(Self {
-            model,
-            factory,
-            form,
-            kept: Mutex::new(VecDeque::new()),
-        })
+        Ok(Self { model, factory, form, kept: Mutex::new(VecDeque::new()) })
     }
 
     /// The guide of a turn. `speaks` says whether text may come before a call.
@@ -98,38 +93,23 @@ impl Grammars {
             if may_call {
                 // Checks the tools first, so that a fault is reported where it is.
                 self.calls(turn)?;
-                let (opening, calls) = (
-                    self.literal(syntax.opening),
-                    self.calls_rules(&chosen(turn), most_calls(turn)),
-                );
+                let (opening, calls) =
+                    (self.literal(syntax.opening), self.calls_rules(&chosen(turn), most_calls(turn)));
                 let both = format!("start: answer | {opening} calls\n{answer}{calls}");
                 Phase::Json(self.compile(&both).map_err(in_schema)?)
             } else {
                 Phase::Json(alone)
             }
         } else {
-            Phase::Text {
-                calls: if may_call { Some(self.calls(turn)?) } else { None },
-                said: false,
-            }
+            Phase::Text { calls: if may_call { Some(self.calls(turn)?) } else { None }, said: false }
         };
         let vocabulary = &self.model.vocabulary;
-        let opening = if forced && may_call {
-            vocabulary.encode(syntax.opening)?
-        } else {
-            Vec::new()
-        };
+        let opening = if forced && may_call { vocabulary.encode(syntax.opening)? } else { Vec::new() };
         if opening.len() >= max_tokens {
-            return Err(Error::invalid(
-                "max_tokens",
-                "too few tokens for the tool call that tool_choice asks for",
-            ));
+            return Err(Error::invalid("max_tokens", "too few tokens for the tool call that tool_choice asks for"));
         }
         let token = |text: &str| vocabulary.token_of(text.as_bytes());
-        let has_calls = turn
-            .messages
-            .iter()
-            .any(|message| matches!(message, Message::Tool { .. }));
+        let has_calls = turn.messages.iter().any(|message| matches!(message, Message::Tool { .. }));
         let mut text = InString::default();
         text.take(syntax.opening.as_bytes());
         let guide = TurnGuide {
@@ -139,11 +119,7 @@ impl Grammars {
             speaks,
             quote: token("\""),
             closers: ["}", "]", ",", "\""].into_iter().filter_map(token).collect(),
-            in_string: if matches!(self.form, Form::Llama3) {
-                text
-            } else {
-                InString::default()
-            },
+            in_string: if matches!(self.form, Form::Llama3) { text } else { InString::default() },
             stops: turn.sampling.stop.iter().map(|s| s.as_bytes().to_vec()).collect(),
             tail: Vec::new(),
             used: 0,
@@ -162,9 +138,7 @@ impl Grammars {
         }
         compile(&chosen, most_calls(turn)).map_err(|why| {
             // The grammar of all tools does not say which one is at fault.
-            let fault = chosen
-                .iter()
-                .find_map(|(at, tool)| Some((*at, *tool, compile(&[(*at, *tool)], 1).err()?)));
+            let fault = chosen.iter().find_map(|(at, tool)| Some((*at, *tool, compile(&[(*at, *tool)], 1).err()?)));
             match fault {
                 Some((at, tool, why)) => unusable(at, tool, &why),
                 None => Error::invalid("tools", format!("The schemas cannot be used together: {why}")),
@@ -175,12 +149,9 @@ impl Grammars {
     /// Whether arguments can be written under a schema at all.
     fn check(&self, parameters: &Value) -> Result<(), String> {
         if let Some(kind) = parameters.get("type").filter(|kind| *kind != "object") {
-            return Err(format!(
-                "arguments are an object, so its type has to be object, not {kind}"
-            ));
+            return Err(format!("arguments are an object, so its type has to be object, not {kind}"));
         }
-        self.compile(&format!("start: %json {}\n", compact(arguments_schema(parameters))))
-            .map(drop)
+        self.compile(&format!("start: %json {}\n", compact(arguments_schema(parameters)))).map(drop)
     }
 
     /// The rule `calls` of these tools and what it needs.
@@ -192,33 +163,21 @@ impl Grammars {
             let name = self.literal(&format!("{}{}", tool.name, syntax.after_name));
             let after = self.literal(syntax.after_arguments);
             rules.push_str(&format!("call{i}: {name} arguments{i} {after}\n"));
-            rules.push_str(&format!(
-                "arguments{i}: %json {}\n",
-                compact(arguments_schema(&tool.parameters))
-            ));
+            rules.push_str(&format!("arguments{i}: %json {}\n", compact(arguments_schema(&tool.parameters))));
             names.push(format!("call{i}"));
         }
         let (before, separator) = (self.literal(syntax.before_name), self.literal(syntax.separator));
-        let more = if most > 1 {
-            format!("({separator} call){{0,{}}}", most - 1)
-        } else {
-            String::new()
-        };
+        let more = if most > 1 { format!("({separator} call){{0,{}}}", most - 1) } else { String::new() };
         let closing = self.literal(syntax.closing);
-        format!(
-            "calls: {before} call {more} {closing}\ncall: {}\n{rules}",
-            names.join(" | ")
-        )
+        format!("calls: {before} call {more} {closing}\ncall: {}\n{rules}", names.join(" | "))
     }
 
     /// A fixed text as the grammar spells it.
     fn literal(&self, text: &str) -> String {
-        let spelled = pieces(text, &self.model.vocabulary)
-            .into_iter()
-            .map(|piece| match piece {
-                Piece::Text(text) => Value::from(text).to_string(),
-                Piece::Special(id) => format!("<[{id}]>"),
-            });
+        let spelled = pieces(text, &self.model.vocabulary).into_iter().map(|piece| match piece {
+            Piece::Text(text) => Value::from(text).to_string(),
+            Piece::Special(id) => format!("<[{id}]>"),
+        });
         spelled.collect::<Vec<_>>().join(" ")
     }
 
@@ -335,10 +294,7 @@ fn close_objects(schema: &mut Value) {
 
 fn unusable(at: usize, tool: &Tool, why: &str) -> Error {
     let path = ["tools".into(), at.into(), "function".into(), "parameters".into()];
-    Error::Invalid(vec![Fault::new(
-        path,
-        format!("The schema of `{}` cannot be used: {why}", tool.name),
-    )])
+    Error::Invalid(vec![Fault::new(path, format!("The schema of `{}` cannot be used: {why}", tool.name))])
 }
 
 /// A fault of llguidance for the author of a schema: one line, without places in our grammar or the state of a parser.
@@ -440,7 +396,7 @@ impl TurnGuide {
     /// Whether a stop text is complete, now that these bytes came.
     fn stopped_by(&mut self, bytes: &[u8]) -> bool {
         let longest = self.stops.iter().map(Vec::len).max().unwrap_or(0);
-        let longest = longest.max(self.opening.map_or(0, |opening| opening.len().max(RESPONSE.len())));
+        let longest = longest.max(self.opening.map_or(0, |opening| opening.len().max(NEVER_SPOKEN[0].len())));
         let from = self.tail.len().saturating_sub(longest);
         self.tail.drain(..from);
         self.tail.extend_from_slice(bytes);
@@ -467,10 +423,7 @@ impl Guide for TurnGuide {
             let closer = if self.in_string.open {
                 quote.filter(|quote| mask.is_allowed(*quote))
             } else {
-                ends.iter()
-                    .chain(&self.closers)
-                    .copied()
-                    .find(|closer| mask.is_allowed(*closer))
+                ends.iter().chain(&self.closers).copied().find(|closer| mask.is_allowed(*closer))
             };
             if let Some(closer) = closer {
                 mask.set_all(false);
@@ -481,16 +434,15 @@ impl Guide for TurnGuide {
     }
 
     fn vetoes(&self, token: u32) -> bool {
-        let Phase::Text { calls, said } = &self.phase else {
-            return false;
-        };
-        match self.opens(self.text_of(token)) {
+        let Phase::Text { calls, said } = &self.phase else { return false };
+        let bytes = self.text_of(token);
+        if self.opening.is_some() && NEVER_SPOKEN.iter().any(|text| self.completes(text, bytes).is_some()) {
+            return true;
+        }
+        match self.opens(bytes) {
             None => false,
             // The grammar takes over right behind the opening, so that a token must end there.
-            Some(ends_with_token) => {
-                let allowed = calls.is_some() && (self.speaks || !said);
-                !(ends_with_token && allowed)
-            }
+            Some(ends_with_token) => !(ends_with_token && calls.is_some() && (self.speaks || !said)),
         }
     }
 
@@ -509,32 +461,20 @@ impl Guide for TurnGuide {
                 let pending = self.tail.iter().chain(&bytes).copied().collect::<Vec<u8>>();
                 let pending = pending.trim_ascii_start();
                 *said |= !pending.is_empty() && !opening.starts_with(pending);
-                Ok(if self.stopped_by(&bytes) {
-                    Flow::Stop
-                } else {
-                    Flow::Continue
-                })
+                Ok(if self.stopped_by(&bytes) { Flow::Stop } else { Flow::Continue })
             }
             Phase::Json(matcher) => {
                 self.used += 1;
                 self.in_string.take(&bytes);
                 matcher.consume_token(token).map_err(|e| e.to_string())?;
                 let complete = matcher.is_stopped();
-                Ok(if complete || self.stopped_by(&bytes) {
-                    Flow::Stop
-                } else {
-                    Flow::Continue
-                })
+                Ok(if complete || self.stopped_by(&bytes) { Flow::Stop } else { Flow::Continue })
             }
             Phase::Calls(matcher) => {
                 self.used += 1;
                 self.in_string.take(&bytes);
                 matcher.consume_token(token).map_err(|e| e.to_string())?;
-                Ok(if matcher.is_stopped() {
-                    Flow::Stop
-                } else {
-                    Flow::Continue
-                })
+                Ok(if matcher.is_stopped() { Flow::Stop } else { Flow::Continue })
             }
         }
     }

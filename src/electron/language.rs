@@ -126,9 +126,7 @@ pub fn detect<'a>(user_words: impl DoubleEndedIterator<Item = &'a str>, system_p
 }
 
 fn head(text: &str, bytes: usize) -> &str {
-    let end = (0..=bytes.min(text.len()))
-        .rev()
-        .find(|&end| text.is_char_boundary(end));
+    let end = (0..=bytes.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
     &text[..end.unwrap_or_default()]
 }
 
@@ -215,9 +213,7 @@ impl Scores {
             return Vec::new();
         }
         let lead = LEAD.max(best * LEAD_SHARE);
-        let mut open: Vec<_> = Language::all()
-            .filter(|language| self.0[language.index()] > best - lead)
-            .collect();
+        let mut open: Vec<_> = Language::all().filter(|language| self.0[language.index()] > best - lead).collect();
         open.sort_by(|a, b| self.0[b.index()].total_cmp(&self.0[a.index()]));
         open
     }
@@ -461,10 +457,7 @@ type Shares = Vec<(Language, f32)>;
 
 static LETTERS: LazyLock<HashMap<char, Shares>> = LazyLock::new(|| {
     let mut letters = HashMap::new();
-    for (chars, shares) in [LATIN_LETTERS, CYRILLIC_LETTERS, ARABIC_LETTERS, DEVANAGARI_LETTERS]
-        .into_iter()
-        .flatten()
-    {
+    for (chars, shares) in [LATIN_LETTERS, CYRILLIC_LETTERS, ARABIC_LETTERS, DEVANAGARI_LETTERS].into_iter().flatten() {
         let fields: Vec<_> = shares.split(' ').collect();
         let shares: Shares = fields
             .chunks_exact(2)
@@ -519,17 +512,11 @@ fn by_letters(text: &str, script: Letters) -> Scores {
     }
     // The Arabic article stands on every second noun, and no neighbour has it.
     if script == Letters::Arabic
-        && text
-            .split_whitespace()
-            .any(|word| word.starts_with("ال") && word.chars().count() > 4)
+        && text.split_whitespace().any(|word| word.starts_with("ال") && word.chars().count() > 4)
     {
         scores.give(known("ar"), 0.5);
     }
-    if script == Letters::Latin {
-        scores.capped(LETTERS_AT_MOST)
-    } else {
-        scores
-    }
+    if script == Letters::Latin { scores.capped(LETTERS_AT_MOST) } else { scores }
 }
 
 // === Frequent words ===
@@ -666,13 +653,8 @@ const STATISTICS_PER_WORD: f32 = 0.12;
 
 /// Languages so alike that statistics on a sentence hardly part them, or of which whatlang knows only the first. The other
 /// gets a share of what is found for one.
-const TWINS: [(&str, &str, f32); 5] = [
-    ("id", "ms", 1.0),
-    ("no", "da", 0.9),
-    ("cs", "sk", 0.5),
-    ("nl", "af", 0.8),
-    ("hr", "sl", 0.5),
-];
+const TWINS: [(&str, &str, f32); 5] =
+    [("id", "ms", 1.0), ("no", "da", 0.9), ("cs", "sk", 0.5), ("nl", "af", 0.8), ("hr", "sl", 0.5)];
 
 fn by_statistics(text: &str, words: &[String]) -> Scores {
     let mut scores = Scores::NONE;
@@ -701,23 +683,17 @@ fn by_statistics(text: &str, words: &[String]) -> Scores {
 
 /// Wordings that ask for a language outright.
 static HINTS: LazyLock<Patterns<Language>> = LazyLock::new(|| {
-    Patterns::new(Language::all().flat_map(|language| {
-        filler::entry(language)
-            .hint
-            .iter()
-            .map(move |hint| (hint.as_str(), language))
-    }))
+    Patterns::new(
+        Language::all()
+            .flat_map(|language| filler::entry(language).hint.iter().map(move |hint| (hint.as_str(), language))),
+    )
 });
 
 /// English names of languages, which are hints only beside a word about speaking: "in Thai restaurants" asks for nothing.
 static NAMES: LazyLock<Patterns<Language>> = LazyLock::new(|| {
     Patterns::new(Language::all().flat_map(|language| {
         let entry = filler::entry(language);
-        entry
-            .also_called
-            .iter()
-            .chain([&entry.name])
-            .map(move |name| (name.as_str(), language))
+        entry.also_called.iter().chain([&entry.name]).map(move |name| (name.as_str(), language))
     }))
 });
 
@@ -744,40 +720,25 @@ const NEGATIONS: [&str; 5] = ["not", "never", "t", "avoid", "without"];
 /// The first language that the prompt asks for and that `fits`.
 fn requested(prompt: &str, fits: impl Fn(&Language) -> bool) -> Option<Language> {
     let tokens = folded_tokens(prompt);
-    let hint = HINTS
-        .find(&tokens)
-        .map(|(found, language)| (found.start, language))
-        .find(|(_, language)| fits(language));
+    let hint =
+        HINTS.find(&tokens).map(|(found, language)| (found.start, language)).find(|(_, language)| fits(language));
     let name = NAMES
         .find(&tokens)
         .filter(|(found, _)| is_asked_for(&tokens, found.clone()))
         .map(|(found, language)| (found.start, language))
         .find(|(_, language)| fits(language));
-    hint.into_iter()
-        .chain(name)
-        .min_by_key(|(position, _)| *position)
-        .map(|(_, language)| language)
+    hint.into_iter().chain(name).min_by_key(|(position, _)| *position).map(|(_, language)| language)
 }
 
 fn is_asked_for(tokens: &[String], name: Range<usize>) -> bool {
-    let sentence_start = tokens[..name.start]
-        .iter()
-        .rposition(|token| token.is_empty())
-        .map_or(0, |end| end + 1);
+    let sentence_start = tokens[..name.start].iter().rposition(|token| token.is_empty()).map_or(0, |end| end + 1);
     let before = &tokens[sentence_start.max(name.start.saturating_sub(6))..name.start];
     let previous = before.last().map_or("", String::as_str);
     let next = tokens.get(name.end).map_or("", String::as_str);
-    if before
-        .iter()
-        .rev()
-        .take(4)
-        .any(|token| NEGATIONS.contains(&token.as_str()))
-    {
+    if before.iter().rev().take(4).any(|token| NEGATIONS.contains(&token.as_str())) {
         return false;
     }
-    let about_speaking = before
-        .iter()
-        .any(|token| SPEAKING.iter().any(|stem| token.starts_with(stem)));
+    let about_speaking = before.iter().any(|token| SPEAKING.iter().any(|stem| token.starts_with(stem)));
     previous == "language" || matches!(next, "only" | "speaking") || (about_speaking && BEFORE_NAME.contains(&previous))
 }
 
@@ -786,9 +747,7 @@ fn is_asked_for(tokens: &[String], name: Range<usize>) -> bool {
 /// Cuts a text into words in lower case. An empty string stands where a sentence ends. In scripts without spaces between
 /// words, every character is a word.
 fn tokens(text: &str) -> Vec<String> {
-    cut(text, |c, word| {
-        word.extend(c.to_lowercase().filter(|&c| c != DOT_ABOVE))
-    })
+    cut(text, |c, word| word.extend(c.to_lowercase().filter(|&c| c != DOT_ABOVE)))
 }
 
 /// As `tokens`, with accents removed and spelling variants made one, so that a prompt is understood either way.
@@ -863,10 +822,7 @@ fn is_silent(c: char) -> bool {
 /// Full stops of all scripts: besides the European ones Chinese, Indic, Arabic, Urdu, Ethiopic, Burmese and Khmer.
 fn is_sentence_end(c: char) -> bool {
     matches!(c, '.' | '!' | '?' | ';' | '。' | '！' | '？' | '；' | '।' | '॥')
-        || matches!(
-            c,
-            '\u{061F}' | '\u{061B}' | '\u{06D4}' | '\u{1362}' | '\u{104B}' | '\u{17D4}'
-        )
+        || matches!(c, '\u{061F}' | '\u{061B}' | '\u{06D4}' | '\u{1362}' | '\u{104B}' | '\u{17D4}')
 }
 
 /// Letters with accents, and spelling variants of a letter, beside what they are matched as.
@@ -930,12 +886,8 @@ const FOLDS: &[(&str, &str)] = &[
     ("\u{093C}\u{09BC}\u{0A3C}\u{0ABC}\u{0B3C}\u{0CBC}ʻʼ", ""),
 ];
 
-static FOLDED: LazyLock<HashMap<char, &'static str>> = LazyLock::new(|| {
-    FOLDS
-        .iter()
-        .flat_map(|(from, to)| from.chars().map(move |c| (c, *to)))
-        .collect()
-});
+static FOLDED: LazyLock<HashMap<char, &'static str>> =
+    LazyLock::new(|| FOLDS.iter().flat_map(|(from, to)| from.chars().map(move |c| (c, *to))).collect());
 
 fn push_folded(c: char, word: &mut String) {
     if c.is_ascii() {
@@ -973,10 +925,7 @@ const GAP_CHARACTER: usize = 2;
 
 impl<T: Copy> Patterns<T> {
     pub(super) fn new<'a>(wordings: impl Iterator<Item = (&'a str, T)>) -> Patterns<T> {
-        let mut set = Patterns {
-            patterns: Vec::new(),
-            by_start: HashMap::new(),
-        };
+        let mut set = Patterns { patterns: Vec::new(), by_start: HashMap::new() };
         for (wording, meaning) in wordings {
             let parts = parse(wording);
             if let Some(Part::Word(first) | Part::Stem(first)) = parts.first() {
@@ -994,17 +943,13 @@ impl<T: Copy> Patterns<T> {
 
     /// Where the wordings stand among `tokens`, in order, and what they mean.
     fn find(&self, tokens: &[String]) -> impl Iterator<Item = (Range<usize>, T)> {
-        tokens
-            .iter()
-            .enumerate()
-            .filter(|(_, token)| !token.is_empty())
-            .flat_map(move |(position, token)| {
-                let candidates = self.by_start.get(&start(token)).map_or(&[][..], Vec::as_slice);
-                candidates.iter().filter_map(move |&index| {
-                    let (parts, meaning) = &self.patterns[index];
-                    Some((position..match_from(parts, tokens, position)?, *meaning))
-                })
+        tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).flat_map(move |(position, token)| {
+            let candidates = self.by_start.get(&start(token)).map_or(&[][..], Vec::as_slice);
+            candidates.iter().filter_map(move |&index| {
+                let (parts, meaning) = &self.patterns[index];
+                Some((position..match_from(parts, tokens, position)?, *meaning))
             })
+        })
     }
 }
 
@@ -1039,20 +984,14 @@ fn match_from(parts: &[Part], tokens: &[String], position: usize) -> Option<usiz
     let token = tokens.get(position)?;
     match part {
         Part::Word(word) => (token == word).then(|| match_from(rest, tokens, position + 1))?,
-        Part::Stem(stem) => token
-            .starts_with(stem.as_str())
-            .then(|| match_from(rest, tokens, position + 1))?,
+        Part::Stem(stem) => token.starts_with(stem.as_str()).then(|| match_from(rest, tokens, position + 1))?,
         Part::Gap => {
             let mut room = GAP;
             for (next, token) in tokens.iter().enumerate().skip(position) {
                 if let Some(end) = match_from(rest, tokens, next) {
                     return Some(end);
                 }
-                let width = if token.chars().all(is_unspaced) {
-                    GAP_CHARACTER
-                } else {
-                    GAP_WORD
-                };
+                let width = if token.chars().all(is_unspaced) { GAP_CHARACTER } else { GAP_WORD };
                 room = room.checked_sub(width)?;
                 if token.is_empty() {
                     return None;
@@ -1205,33 +1144,9 @@ mod tests {
                 "कल से इंटरनेट नहीं चल रहा",
             ],
         ),
-        (
-            "bn",
-            &[
-                "আমার অর্ডার কোথায়",
-                "আমি অ্যাপয়েন্টমেন্ট বদলাতে চাই",
-                "আপনারা কাল কখন খুলবেন",
-                "হ্যাঁ ঠিক আছে",
-            ],
-        ),
-        (
-            "ta",
-            &[
-                "என் ஆர்டர் எங்கே இருக்கிறது",
-                "நான் நேரத்தை மாற்ற வேண்டும்",
-                "நாளை எத்தனை மணிக்கு திறப்பீர்கள்",
-                "ஆமாம்",
-            ],
-        ),
-        (
-            "te",
-            &[
-                "నా ఆర్డర్ ఎక్కడ ఉంది",
-                "నాకు అపాయింట్‌మెంట్ మార్చాలి",
-                "రేపు ఎన్ని గంటలకు తెరుస్తారు",
-                "అవును",
-            ],
-        ),
+        ("bn", &["আমার অর্ডার কোথায়", "আমি অ্যাপয়েন্টমেন্ট বদলাতে চাই", "আপনারা কাল কখন খুলবেন", "হ্যাঁ ঠিক আছে"]),
+        ("ta", &["என் ஆர்டர் எங்கே இருக்கிறது", "நான் நேரத்தை மாற்ற வேண்டும்", "நாளை எத்தனை மணிக்கு திறப்பீர்கள்", "ஆமாம்"]),
+        ("te", &["నా ఆర్డర్ ఎక్కడ ఉంది", "నాకు అపాయింట్‌మెంట్ మార్చాలి", "రేపు ఎన్ని గంటలకు తెరుస్తారు", "అవును"]),
         (
             "mr",
             &[
@@ -1243,41 +1158,11 @@ mod tests {
                 "कालपासून इंटरनेट बंद आहे",
             ],
         ),
-        (
-            "gu",
-            &[
-                "મારો ઓર્ડર ક્યાં છે",
-                "મારે અપોઇન્ટમેન્ટ બદલવી છે",
-                "તમે કાલે કેટલા વાગ્યે ખોલો છો",
-                "હા બરાબર",
-            ],
-        ),
-        (
-            "kn",
-            &["ನನ್ನ ಆರ್ಡರ್ ಎಲ್ಲಿದೆ", "ನಾನು ಸಮಯ ಬದಲಾಯಿಸಬೇಕು", "ನಾಳೆ ಎಷ್ಟು ಗಂಟೆಗೆ ತೆರೆಯುತ್ತೀರಿ", "ಹೌದು"],
-        ),
-        (
-            "ml",
-            &[
-                "എന്റെ ഓർഡർ എവിടെയാണ്",
-                "എനിക്ക് അപ്പോയിന്റ്മെന്റ് മാറ്റണം",
-                "നാളെ എത്ര മണിക്ക് തുറക്കും",
-                "അതെ",
-            ],
-        ),
-        (
-            "pa",
-            &[
-                "ਮੇਰਾ ਆਰਡਰ ਕਿੱਥੇ ਹੈ",
-                "ਮੈਂ ਸਮਾਂ ਬਦਲਣਾ ਚਾਹੁੰਦਾ ਹਾਂ",
-                "ਤੁਸੀਂ ਕੱਲ੍ਹ ਕਿੰਨੇ ਵਜੇ ਖੋਲ੍ਹਦੇ ਹੋ",
-                "ਹਾਂ ਜੀ",
-            ],
-        ),
-        (
-            "or",
-            &["ମୋ ଅର୍ଡର କେଉଁଠି ଅଛି", "ମୁଁ ସମୟ ବଦଳାଇବାକୁ ଚାହେଁ", "ଆପଣ କାଲି କେତେବେଳେ ଖୋଲିବେ", "ହଁ"],
-        ),
+        ("gu", &["મારો ઓર્ડર ક્યાં છે", "મારે અપોઇન્ટમેન્ટ બદલવી છે", "તમે કાલે કેટલા વાગ્યે ખોલો છો", "હા બરાબર"]),
+        ("kn", &["ನನ್ನ ಆರ್ಡರ್ ಎಲ್ಲಿದೆ", "ನಾನು ಸಮಯ ಬದಲಾಯಿಸಬೇಕು", "ನಾಳೆ ಎಷ್ಟು ಗಂಟೆಗೆ ತೆರೆಯುತ್ತೀರಿ", "ಹೌದು"]),
+        ("ml", &["എന്റെ ഓർഡർ എവിടെയാണ്", "എനിക്ക് അപ്പോയിന്റ്മെന്റ് മാറ്റണം", "നാളെ എത്ര മണിക്ക് തുറക്കും", "അതെ"]),
+        ("pa", &["ਮੇਰਾ ਆਰਡਰ ਕਿੱਥੇ ਹੈ", "ਮੈਂ ਸਮਾਂ ਬਦਲਣਾ ਚਾਹੁੰਦਾ ਹਾਂ", "ਤੁਸੀਂ ਕੱਲ੍ਹ ਕਿੰਨੇ ਵਜੇ ਖੋਲ੍ਹਦੇ ਹੋ", "ਹਾਂ ਜੀ"]),
+        ("or", &["ମୋ ଅର୍ଡର କେଉଁଠି ଅଛି", "ମୁଁ ସମୟ ବଦଳାଇବାକୁ ଚାହେଁ", "ଆପଣ କାଲି କେତେବେଳେ ଖୋଲିବେ", "ହଁ"]),
         (
             "ur",
             &[
@@ -1633,15 +1518,7 @@ mod tests {
                 "الإنترنت لا يعمل منذ أمس",
             ],
         ),
-        (
-            "he",
-            &[
-                "איפה ההזמנה שלי",
-                "אני רוצה לשנות את התור",
-                "מתי אתם פותחים מחר",
-                "כן תודה",
-            ],
-        ),
+        ("he", &["איפה ההזמנה שלי", "אני רוצה לשנות את התור", "מתי אתם פותחים מחר", "כן תודה"]),
         (
             "fa",
             &[
@@ -1669,24 +1546,8 @@ mod tests {
                 "ez bi kê re dipeyivim",
             ],
         ),
-        (
-            "zh-Hans",
-            &[
-                "我的订单在哪里",
-                "我想改一下预约时间",
-                "你们明天几点开门",
-                "包裹还没有到",
-            ],
-        ),
-        (
-            "zh-Hant",
-            &[
-                "我的訂單在哪裡",
-                "我想改一下預約時間",
-                "你們明天幾點開門",
-                "包裹還沒有到",
-            ],
-        ),
+        ("zh-Hans", &["我的订单在哪里", "我想改一下预约时间", "你们明天几点开门", "包裹还没有到"]),
+        ("zh-Hant", &["我的訂單在哪裡", "我想改一下預約時間", "你們明天幾點開門", "包裹還沒有到"]),
         (
             "ja",
             &[
@@ -1697,15 +1558,7 @@ mod tests {
                 "予約変更",
             ],
         ),
-        (
-            "ko",
-            &[
-                "제 주문 어디쯤 왔어요",
-                "예약을 변경하고 싶은데요",
-                "내일 몇 시에 문 여나요",
-                "네",
-            ],
-        ),
+        ("ko", &["제 주문 어디쯤 왔어요", "예약을 변경하고 싶은데요", "내일 몇 시에 문 여나요", "네"]),
         (
             "mn",
             &[
@@ -1776,15 +1629,7 @@ mod tests {
                 "sino po ang kausap ko",
             ],
         ),
-        (
-            "my",
-            &[
-                "ကျွန်တော့်အော်ဒါ ဘယ်ရောက်နေပြီလဲ",
-                "ရက်ချိန်း ပြောင်းချင်လို့ပါ",
-                "မနက်ဖြန် ဘယ်အချိန်ဖွင့်လဲ",
-                "ဟုတ်ကဲ့",
-            ],
-        ),
+        ("my", &["ကျွန်တော့်အော်ဒါ ဘယ်ရောက်နေပြီလဲ", "ရက်ချိန်း ပြောင်းချင်လို့ပါ", "မနက်ဖြန် ဘယ်အချိန်ဖွင့်လဲ", "ဟုတ်ကဲ့"]),
         ("km", &["តើការកម្ម៉ង់របស់ខ្ញុំនៅឯណា", "ខ្ញុំចង់ប្តូរម៉ោងណាត់", "ស្អែកបើកម៉ោងប៉ុន្មាន", "បាទ"]),
         ("lo", &["ຄຳສັ່ງຊື້ຂອງຂ້ອຍຢູ່ໃສ", "ຢາກປ່ຽນເວລານັດ", "ມື້ອື່ນເປີດຈັກໂມງ", "ແມ່ນແລ້ວ"]),
         (
@@ -1798,10 +1643,7 @@ mod tests {
                 "हिजोदेखि इन्टरनेट चलेको छैन",
             ],
         ),
-        (
-            "si",
-            &["මගේ ඇණවුම කොහෙද", "මට වේලාව වෙනස් කරන්න ඕන", "හෙට කීයටද අරින්නේ", "ඔව්"],
-        ),
+        ("si", &["මගේ ඇණවුම කොහෙද", "මට වේලාව වෙනස් කරන්න ඕන", "හෙට කීයටද අරින්නේ", "ඔව්"]),
         (
             "kk",
             &[
@@ -1928,11 +1770,7 @@ mod tests {
     fn an_ambiguous_last_word_leaves_it_to_earlier_ones() {
         for last in ["ok", "12345", "Max Müller", "", "...", "👍", "José García", "Berlin"] {
             let words = ["Ich hätte gern einen Termin", last];
-            assert_eq!(
-                detect(words.into_iter(), Some("You are a helpful agent.")).code(),
-                "de",
-                "{last}"
-            );
+            assert_eq!(detect(words.into_iter(), Some("You are a helpful agent.")).code(), "de", "{last}");
         }
         let words = ["jeg vil gerne have hjælp", "hvor er den"];
         assert_eq!(detect(words.into_iter(), None).code(), "da");
@@ -1942,10 +1780,7 @@ mod tests {
 
     #[test]
     fn the_last_words_decide_over_earlier_ones_and_over_the_prompt() {
-        let words = [
-            "I would like to know where my order is",
-            "perdón, ¿habla usted español?",
-        ];
+        let words = ["I would like to know where my order is", "perdón, ¿habla usted español?"];
         assert_eq!(detect(words.into_iter(), Some("Speak only English.")).code(), "es");
     }
 
@@ -1971,35 +1806,19 @@ mod tests {
             ("", "en"),
         ] {
             for words in [&[][..], &["ok"], &["4711"]] {
-                assert_eq!(
-                    detect(words.iter().copied(), Some(prompt)).code(),
-                    code,
-                    "{prompt} {words:?}"
-                );
+                assert_eq!(detect(words.iter().copied(), Some(prompt)).code(), code, "{prompt} {words:?}");
             }
         }
-        assert_eq!(
-            detect(["да"].into_iter(), Some("You are a helpful agent.")).code(),
-            "ru"
-        );
+        assert_eq!(detect(["да"].into_iter(), Some("You are a helpful agent.")).code(), "ru");
         assert_eq!(detect(["я"].into_iter(), Some("Ти ввічливий помічник.")).code(), "uk");
         assert_eq!(detect([].into_iter(), None), Language::ENGLISH);
-        assert_eq!(
-            detect(["ok", "12345", "Max Müller"].into_iter(), None),
-            Language::ENGLISH
-        );
+        assert_eq!(detect(["ok", "12345", "Max Müller"].into_iter(), None), Language::ENGLISH);
     }
 
     #[test]
     fn the_prompt_breaks_ties_between_twins() {
-        assert_eq!(
-            detect(["你好"].into_iter(), Some("請用繁體中文回答。")).code(),
-            "zh-Hant"
-        );
-        assert_eq!(
-            detect(["你好"].into_iter(), Some("Respond in Spanish.")).code(),
-            "zh-Hans"
-        );
+        assert_eq!(detect(["你好"].into_iter(), Some("請用繁體中文回答。")).code(), "zh-Hant");
+        assert_eq!(detect(["你好"].into_iter(), Some("Respond in Spanish.")).code(), "zh-Hans");
     }
 
     #[test]
@@ -2035,18 +1854,8 @@ mod tests {
     #[test]
     fn odd_text_is_no_trouble() {
         let long = "где мой заказ ".repeat(100_000);
-        for text in [
-            "\0\0",
-            "é",
-            "ı",
-            "İ",
-            "ﬀ",
-            "\u{200D}\u{0300}",
-            "𠀀",
-            "‎",
-            long.as_str(),
-            "a\u{0301}…*",
-        ] {
+        for text in ["\0\0", "é", "ı", "İ", "ﬀ", "\u{200D}\u{0300}", "𠀀", "‎", long.as_str(), "a\u{0301}…*"]
+        {
             let language = detect([text].into_iter(), Some(text));
             assert!(Language::all().any(|known| known == language));
         }
@@ -2068,15 +1877,8 @@ mod tests {
 
     #[test]
     fn wordings_match_whole_words() {
-        let set = Patterns::new(
-            [
-                ("phone agent*", 1),
-                ("say … moment", 2),
-                ("电话客服", 3),
-                ("l'appel", 4),
-            ]
-            .into_iter(),
-        );
+        let set =
+            Patterns::new([("phone agent*", 1), ("say … moment", 2), ("电话客服", 3), ("l'appel", 4)].into_iter());
         let meaning = |text: &str| set.find(&folded_tokens(text)).map(|(_, meaning)| meaning).next();
         assert_eq!(meaning("A PHONE-AGENT's work"), Some(1));
         assert_eq!(meaning("a telephone agent"), None);

@@ -57,11 +57,7 @@ impl Electron {
     pub fn new(engine: Arc<dyn TokenEngine>) -> Result<Self, String> {
         let template = Template::new(engine.model().clone())?;
         let grammars = Grammars::new(engine.model().clone(), template.form())?;
-        Ok(Self {
-            engine,
-            template,
-            grammars,
-        })
+        Ok(Self { engine, template, grammars })
     }
 
     /// What is known of the model.
@@ -118,11 +114,7 @@ impl Electron {
         let room = context.saturating_sub(prompt_tokens);
         let asked = turn.sampling.max_tokens;
         if room == 0 || asked.is_some_and(|asked| asked > room) {
-            return Err(Error::ContextLength {
-                context,
-                prompt: prompt_tokens,
-                asked: asked.filter(|_| room > 0),
-            });
+            return Err(Error::ContextLength { context, prompt: prompt_tokens, asked: asked.filter(|_| room > 0) });
         }
         let max_tokens = asked.unwrap_or(room);
 
@@ -151,23 +143,11 @@ impl Electron {
             stopped: false,
             calls: 0,
             latest: Instant::now(),
-            usage: Usage {
-                prompt_tokens,
-                cached_tokens: 0,
-                completion_tokens: opening_tokens,
-            },
+            usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens: opening_tokens },
             progress: Arc::default(),
             over: false,
         };
-        Ok(Prepared {
-            generation: Generation {
-                prompt,
-                sampling,
-                max_tokens,
-                guide: Box::new(plan.guide),
-            },
-            reader,
-        })
+        Ok(Prepared { generation: Generation { prompt, sampling, max_tokens, guide: Box::new(plan.guide) }, reader })
     }
 }
 
@@ -204,9 +184,7 @@ impl Filler {
             _ => None,
         });
         let last = turn.messages.iter().rev().find_map(|message| match message {
-            Message::Assistant {
-                content: Some(text), ..
-            } if !text.is_empty() => Some(text.clone()),
+            Message::Assistant { content: Some(text), .. } if !text.is_empty() => Some(text.clone()),
             _ => None,
         });
         let chained = matches!(turn.messages.last(), Some(Message::Tool { .. }));
@@ -219,9 +197,7 @@ impl Filler {
     }
 
     fn draw(mut self) -> String {
-        self.phrases
-            .draw(self.language, self.place, self.last.as_deref())
-            .to_owned()
+        self.phrases.draw(self.language, self.place, self.last.as_deref()).to_owned()
     }
 }
 
@@ -297,11 +273,7 @@ impl Reader {
                     self.logprobs.push(TokenLogprob {
                         bytes: bytes(token.id),
                         logprob: logprob.chosen,
-                        top: logprob
-                            .top
-                            .into_iter()
-                            .map(|(id, logprob)| (bytes(id), logprob))
-                            .collect(),
+                        top: logprob.top.into_iter().map(|(id, logprob)| (bytes(id), logprob)).collect(),
                     });
                 }
                 let bytes = vocabulary.bytes(token.id);
@@ -318,10 +290,7 @@ impl Reader {
                     TokenFinish::EndOfTurn | TokenFinish::Guide if self.calls > 0 => FinishReason::ToolCalls,
                     TokenFinish::EndOfTurn | TokenFinish::Guide => FinishReason::Stop,
                 };
-                self.ready.push_back(TurnEvent::Finished {
-                    reason,
-                    usage: self.usage,
-                });
+                self.ready.push_back(TurnEvent::Finished { reason, usage: self.usage });
                 self.over = true;
                 return;
             }
@@ -338,11 +307,7 @@ impl Reader {
                 Parsed::CallOpened => self.call_opened(),
                 Parsed::CallNamed(name) => {
                     let id = format!("call_{}", Uuid::now_v7().simple());
-                    self.ready.push_back(TurnEvent::CallBegun {
-                        index: self.calls,
-                        id,
-                        name,
-                    });
+                    self.ready.push_back(TurnEvent::CallBegun { index: self.calls, id, name });
                     self.calls += 1;
                 }
                 Parsed::Arguments(delta) => self.ready.push_back(TurnEvent::Arguments { index, delta }),
@@ -354,11 +319,7 @@ impl Reader {
 
     fn say(&mut self, delta: String) {
         // White space at the start of a turn is no speech.
-        let delta = if self.spoken {
-            delta
-        } else {
-            delta.trim_start().to_owned()
-        };
+        let delta = if self.spoken { delta } else { delta.trim_start().to_owned() };
         if delta.is_empty() {
             return;
         }

@@ -68,11 +68,7 @@ impl Parser {
         Self {
             syntax,
             call_only_first,
-            stops: stops
-                .iter()
-                .filter(|s| !s.is_empty())
-                .map(|s| s.as_bytes().to_vec())
-                .collect(),
+            stops: stops.iter().filter(|s| !s.is_empty()).map(|s| s.as_bytes().to_vec()).collect(),
             state: State::Text,
             held: Vec::new(),
             spoken: false,
@@ -159,10 +155,7 @@ impl Parser {
     }
 
     fn text(&mut self, out: &mut Vec<Parsed>) -> bool {
-        let opening = self
-            .syntax
-            .filter(|_| !(self.call_only_first && self.spoken))
-            .map(|s| s.opening.as_bytes());
+        let opening = self.syntax.filter(|_| !(self.call_only_first && self.spoken)).map(|s| s.opening.as_bytes());
         let call = opening.and_then(|opening| find(&self.held, opening));
         let stop = self.stops.iter().filter_map(|stop| find(&self.held, stop)).min();
         if let Some(at) = stop.filter(|stop| call.is_none_or(|call| *stop < call)) {
@@ -255,10 +248,7 @@ fn find(text: &[u8], needle: &[u8]) -> Option<usize> {
 /// How many bytes at the end of the text may be the start of the needle.
 fn partial(text: &[u8], needle: &[u8]) -> usize {
     let most = text.len().min(needle.len().saturating_sub(1));
-    (1..=most)
-        .rev()
-        .find(|len| text.ends_with(&needle[..*len]))
-        .unwrap_or(0)
+    (1..=most).rev().find(|len| text.ends_with(&needle[..*len])).unwrap_or(0)
 }
 
 /// Length of the text without a character that is cut off at its end.
@@ -272,11 +262,7 @@ fn whole_characters(text: &[u8]) -> usize {
         0xF0..=0xF7 => 4,
         _ => 1,
     };
-    if back + 1 < wanted {
-        text.len() - 1 - back
-    } else {
-        text.len()
-    }
+    if back + 1 < wanted { text.len() - 1 - back } else { text.len() }
 }
 
 #[cfg(test)]
@@ -321,10 +307,8 @@ mod tests {
             "\"}}\n</tool_call>",
         ];
         let got = parse(Form::Hermes, &chunks, &[]);
-        let arguments: String = got
-            .iter()
-            .filter_map(|p| if let Arguments(a) = p { Some(a.as_str()) } else { None })
-            .collect();
+        let arguments: String =
+            got.iter().filter_map(|p| if let Arguments(a) = p { Some(a.as_str()) } else { None }).collect();
         assert_eq!(arguments, "{\"a\": \"}\\\"\"}");
         assert_eq!(got[..3], [text("One moment."), CallOpened, CallNamed("find".into())]);
         assert_eq!(got.last(), Some(&CallEnded));
@@ -337,10 +321,7 @@ mod tests {
                 Form::Hermes,
                 "<tool_call>\n{\"name\": \"a\", \"arguments\": {}}\n</tool_call>\n<tool_call>\n{\"name\": \"b\", \"arguments\": {\"x\": [1]}}\n</tool_call>",
             ),
-            (
-                Form::Llama3,
-                "{\"name\": \"a\", \"parameters\": {}}; {\"name\": \"b\", \"parameters\": {\"x\": [1]}}",
-            ),
+            (Form::Llama3, "{\"name\": \"a\", \"parameters\": {}}; {\"name\": \"b\", \"parameters\": {\"x\": [1]}}"),
             (
                 Form::Mistral,
                 "[TOOL_CALLS][{\"name\": \"a\", \"arguments\": {}}, {\"name\": \"b\", \"arguments\": {\"x\": [1]}}]",
@@ -374,14 +355,8 @@ mod tests {
 
     #[test]
     fn a_stop_text_that_spans_tokens_ends_the_answer() {
-        assert_eq!(
-            parse(Form::Hermes, &["one ST", "OP two"], &["STOP"]),
-            [text("one"), text(" "), Stopped]
-        );
-        assert_eq!(
-            parse(Form::Hermes, &["one ST", "ART"], &["STOP"]),
-            [text("one"), text(" START")]
-        );
+        assert_eq!(parse(Form::Hermes, &["one ST", "OP two"], &["STOP"]), [text("one"), text(" "), Stopped]);
+        assert_eq!(parse(Form::Hermes, &["one ST", "ART"], &["STOP"]), [text("one"), text(" START")]);
     }
 
     #[test]

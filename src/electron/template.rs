@@ -43,9 +43,7 @@ impl Template {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", |value: Jinja| {
-            spaced(&serde_json::to_value(value).unwrap_or_default())
-        });
+        environment.add_filter("tojson", |value: Jinja| spaced(&serde_json::to_value(value).unwrap_or_default()));
         environment.add_function("raise_exception", |message: String| -> Result<String, JinjaError> {
             Err(JinjaError::new(ErrorKind::InvalidOperation, message))
         });
@@ -57,13 +55,7 @@ impl Template {
             .map_err(|e| format!("the model's chat template cannot be used: {e:#}"))?;
         let (form, knows_tools) = Form::of_template(&source);
         let special = model.vocabulary.special_names();
-        Ok(Self {
-            model,
-            environment,
-            knows_tools,
-            form,
-            special,
-        })
+        Ok(Self { model, environment, knows_tools, form, special })
     }
 
     /// How calls are written.
@@ -86,10 +78,7 @@ impl Template {
         } else {
             (self.plain(messages, tools), Vec::new())
         };
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|e| Error::Internal(e.to_string()))?;
+        let template = self.environment.get_template(NAME).map_err(|e| Error::Internal(e.to_string()))?;
         let chat = &self.model.chat_template;
         let rendered = template.render(context! {
             messages => messages,
@@ -100,10 +89,7 @@ impl Template {
             enable_thinking => false,
         });
         rendered.map_err(|e| {
-            let why = e
-                .detail()
-                .unwrap_or("the model's chat template refuses this conversation")
-                .to_owned();
+            let why = e.detail().unwrap_or("the model's chat template refuses this conversation").to_owned();
             Error::Invalid(vec![Fault::new(["messages".into()], why)])
         })
     }
@@ -176,10 +162,9 @@ impl Template {
                     text.push_str(&self.calls(tool_calls, !text.is_empty()));
                     ("assistant", text)
                 }
-                Message::Tool { content, .. } => (
-                    "tool",
-                    format!("<tool_response>\n{}\n</tool_response>", self.defused(content)),
-                ),
+                Message::Tool { content, .. } => {
+                    ("tool", format!("<tool_response>\n{}\n</tool_response>", self.defused(content)))
+                }
             };
             match out.last_mut() {
                 // Results of one turn's calls are one message.
@@ -261,10 +246,9 @@ fn arguments(call: &ToolCall) -> Value {
 
 fn name_of<'m>(messages: &'m [Message], id: &str) -> Option<&'m str> {
     messages.iter().rev().find_map(|message| match message {
-        Message::Assistant { tool_calls, .. } => tool_calls
-            .iter()
-            .find(|call| call.id == id)
-            .map(|call| call.name.as_str()),
+        Message::Assistant { tool_calls, .. } => {
+            tool_calls.iter().find(|call| call.id == id).map(|call| call.name.as_str())
+        }
         _ => None,
     })
 }

@@ -235,11 +235,7 @@ impl Vocabulary {
             toktrie_hf_tokenizers::ByteTokenizer::from_tokenizer(tokenizer.clone()).map_err(|e| e.to_string())?;
         bytes.set_eos_tokens(&end_of_turn);
         let env = bytes.into_tok_env(size).map_err(|e| e.to_string())?;
-        Ok(Self {
-            tokenizer,
-            env,
-            end_of_turn,
-        })
+        Ok(Self { tokenizer, env, end_of_turn })
     }
 
     /// The tokens of a text; the names of special tokens in it become those tokens.
@@ -247,10 +243,7 @@ impl Vocabulary {
     /// # Errors
     /// When the tokenizer refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(|e| Error::Internal(e.to_string()))?;
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| Error::Internal(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -274,11 +267,7 @@ impl Vocabulary {
     /// The names of all special tokens.
     pub fn special_names(&self) -> Vec<String> {
         let added = self.tokenizer.get_added_tokens_decoder();
-        added
-            .into_values()
-            .filter(|token| token.special)
-            .map(|token| token.content)
-            .collect()
+        added.into_values().filter(|token| token.special).map(|token| token.content).collect()
     }
 
     /// The one token that stands for exactly these bytes.

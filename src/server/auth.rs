@@ -62,9 +62,7 @@ pub(super) struct Permit(Arc<Account>);
 /// When the system has no randomness to give.
 pub fn new_key() -> Result<String, String> {
     let mut bytes = [0u8; 32];
-    OsRng
-        .try_fill_bytes(&mut bytes)
-        .map_err(|e| format!("the system's random source failed: {e}"))?;
+    OsRng.try_fill_bytes(&mut bytes).map_err(|e| format!("the system's random source failed: {e}"))?;
     Ok(format!("egw_{}", BASE64_URL_SAFE_NO_PAD.encode(bytes)))
 }
 
@@ -88,13 +86,8 @@ pub(super) async fn authenticate(
         let (scheme, key) = value.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
     });
-    let key = key.ok_or(Error::Unauthenticated(
-        "The Authorization header has to read: Bearer KEY.",
-    ))?;
-    let caller = app
-        .auth
-        .find(key)
-        .ok_or(Error::Unauthenticated("Incorrect API key provided."))?;
+    let key = key.ok_or(Error::Unauthenticated("The Authorization header has to read: Bearer KEY."))?;
+    let caller = app.auth.find(key).ok_or(Error::Unauthenticated("Incorrect API key provided."))?;
     tracing::Span::current().record("key", caller.0.name.as_str());
     request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
@@ -112,25 +105,15 @@ impl Auth {
                 requests_per_minute: key.requests_per_minute,
                 concurrency: key.concurrency,
                 running: AtomicU32::new(0),
-                bucket: Mutex::new(Bucket {
-                    left: f64::from(key.requests_per_minute),
-                    filled: Instant::now(),
-                }),
+                bucket: Mutex::new(Bucket { left: f64::from(key.requests_per_minute), filled: Instant::now() }),
             })
         };
-        let configured = keys
-            .iter()
-            .filter_map(|key| Some(account(key, unhex(key.hash.strip_prefix("sha256:")?)?)));
+        let configured = keys.iter().filter_map(|key| Some(account(key, unhex(key.hash.strip_prefix("sha256:")?)?)));
         let extra = extra.map(|key| {
-            let unnamed = config::Key {
-                name: "startup".into(),
-                ..config::Key::default()
-            };
+            let unnamed = config::Key { name: "startup".into(), ..config::Key::default() };
             account(&unnamed, Sha256::digest(key).into())
         });
-        Self {
-            keys: configured.chain(extra).collect(),
-        }
+        Self { keys: configured.chain(extra).collect() }
     }
 
     /// The account of a key. Every key is looked at, so that the time taken says nothing.

@@ -22,10 +22,9 @@ pub(super) async fn live() -> impl IntoResponse {
 pub(super) async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     match app.readiness() {
         Readiness::Ready => (StatusCode::OK, Json(json!({"status": "ready"}))),
-        Readiness::NotReady(why) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            Json(json!({"status": "not ready", "reason": why})),
-        ),
+        Readiness::NotReady(why) => {
+            (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "not ready", "reason": why})))
+        }
     }
 }
 
@@ -39,8 +38,5 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
         metrics::counter!("electron_prefix_cache_flushes_total").absolute(gauges.prefix_cache_flushes);
     }
     app.metrics.run_upkeep();
-    (
-        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
-        app.metrics.render(),
-    )
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render())
 }

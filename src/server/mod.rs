@@ -67,17 +67,8 @@ impl App {
     /// `extra_key` is a key in the clear that is accepted besides the configured ones.
     pub fn new(config: Config, extra_key: Option<&str>) -> Arc<Self> {
         let auth = Auth::new(&config.keys, extra_key);
-        let started = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or(Duration::ZERO)
-            .as_secs();
-        Arc::new(Self {
-            config,
-            auth,
-            electron: OnceLock::new(),
-            metrics: telemetry::metrics(),
-            started,
-        })
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+        Arc::new(Self { config, auth, electron: OnceLock::new(), metrics: telemetry::metrics(), started })
     }
 
     /// Starts to serve this model.
@@ -183,24 +174,16 @@ async fn openapi() -> impl IntoResponse {
 }
 
 async fn not_found(request: Request) -> Error {
-    Error::NotFound(format!(
-        "There is no route {}. GET /openapi.yaml lists those that are.",
-        request.uri().path()
-    ))
+    Error::NotFound(format!("There is no route {}. GET /openapi.yaml lists those that are.", request.uri().path()))
 }
 
 async fn method_not_allowed(request: Request) -> Error {
     let (method, path) = (request.method(), request.uri().path());
-    Error::MethodNotAllowed(format!(
-        "{path} does not take {method}. GET /openapi.yaml says what it takes."
-    ))
+    Error::MethodNotAllowed(format!("{path} does not take {method}. GET /openapi.yaml says what it takes."))
 }
 
 fn panicked(cause: Box<dyn std::any::Any + Send>) -> Response<Body> {
-    let text = cause
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or(cause.downcast_ref::<&str>().copied());
+    let text = cause.downcast_ref::<String>().map(String::as_str).or(cause.downcast_ref::<&str>().copied());
     Error::Internal(format!("a handler panicked: {}", text.unwrap_or("no message"))).into_response()
 }
 
@@ -237,20 +220,11 @@ async fn read_body(request: Request, config: &Config) -> Result<Vec<u8>, Error> 
                 break;
             }
         }
-        if length > limit {
-            Err(Error::BodyTooLarge { limit })
-        } else {
-            Ok(body)
-        }
+        if length > limit { Err(Error::BodyTooLarge { limit }) } else { Ok(body) }
     };
     tokio::time::timeout(config.server.read_timeout, read)
         .await
-        .unwrap_or_else(|_| {
-            Err(Error::invalid(
-                "body",
-                "the body did not come within the server's read_timeout",
-            ))
-        })
+        .unwrap_or_else(|_| Err(Error::invalid("body", "the body did not come within the server's read_timeout")))
 }
 
 /// Serves connections until `stop` resolves, and then until running answers have ended or the grace is over.
@@ -263,9 +237,7 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
     let places = Arc::new(Semaphore::new(server.max_connections));
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1().timer(TokioTimer::new()).header_read_timeout(read_timeout);
-    http.http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(Some(Duration::from_secs(30)));
+    http.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(30)));
     let service = TowerToHyperService::new(router(app.clone()));
     let graceful = GracefulShutdown::new();
     tokio::pin!(stop);
@@ -285,9 +257,7 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
             },
         };
         let _ = stream.set_nodelay(true);
-        let connection = http
-            .serve_connection_with_upgrades(TokioIo::new(stream), service.clone())
-            .into_owned();
+        let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service.clone()).into_owned();
         let watched = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(e) = watched.await {

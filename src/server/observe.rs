@@ -43,11 +43,7 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response<Body> 
         .and_then(|value| value.to_str().ok())
         .filter(|id| is_sane(id))
         .map_or_else(|| Uuid::now_v7().to_string().into(), Into::into);
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map_or("unmatched", MatchedPath::as_str)
-        .to_owned();
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let span = tracing::info_span!(
         "request",
         otel.name = format!("{} {route}", request.method()),
@@ -69,10 +65,7 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response<Body> 
     );
     let _ = span.set_parent(parent(request.headers()));
     request.extensions_mut().insert(RequestId(id.clone()));
-    request.extensions_mut().insert(Observed {
-        span: span.clone(),
-        started,
-    });
+    request.extensions_mut().insert(Observed { span: span.clone(), started });
     let mut response = next.run(request).instrument(span.clone()).await;
 
     if let Some(error) = response.extensions_mut().remove::<Arc<Error>>() {
@@ -82,9 +75,7 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response<Body> 
         let body = serde_json::to_vec(&error.body(&id)).unwrap_or_default();
         *response.body_mut() = Body::from(body);
         response.headers_mut().remove(header::CONTENT_LENGTH);
-        response
-            .headers_mut()
-            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     }
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(HEADER.clone(), value);
@@ -131,14 +122,10 @@ impl IntoResponse for Error {
         if let Some(wait) = self.retry_after() {
             // Whole seconds, and never less than the wait.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         if let Self::Unauthenticated(_) = self {
-            response
-                .headers_mut()
-                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response.extensions_mut().insert(Arc::new(self));
         response
@@ -223,17 +210,9 @@ impl Stream for Watched {
 impl Drop for Watched {
     fn drop(&mut self) {
         let turn = self.turn.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let Usage {
-            prompt_tokens,
-            cached_tokens,
-            completion_tokens,
-        } = turn.usage();
+        let Usage { prompt_tokens, cached_tokens, completion_tokens } = turn.usage();
         let reason = self.ended.unwrap_or(FinishReason::Cancelled);
-        let told = if reason == FinishReason::Cancelled {
-            "cancelled"
-        } else {
-            reason.as_str()
-        };
+        let told = if reason == FinishReason::Cancelled { "cancelled" } else { reason.as_str() };
         metrics::counter!("electron_prompt_tokens_total").increment(prompt_tokens as u64);
         metrics::counter!("electron_cached_tokens_total").increment(cached_tokens as u64);
         metrics::counter!("electron_completion_tokens_total").increment(completion_tokens as u64);
@@ -241,13 +220,11 @@ impl Drop for Watched {
         if let Some(first) = self.first {
             metrics::histogram!("electron_time_to_first_token_seconds", "calls" => self.calls.to_string())
                 .record(first.as_secs_f64());
-            self.span
-                .record("gen_ai.response.time_to_first_chunk", first.as_secs_f64());
+            self.span.record("gen_ai.response.time_to_first_chunk", first.as_secs_f64());
         }
         metrics::histogram!("electron_turn_seconds").record(self.started.elapsed().as_secs_f64());
         self.span.record("gen_ai.usage.input_tokens", prompt_tokens as i64);
-        self.span
-            .record("gen_ai.usage.cache_read.input_tokens", cached_tokens as i64);
+        self.span.record("gen_ai.usage.cache_read.input_tokens", cached_tokens as i64);
         self.span.record("gen_ai.usage.output_tokens", completion_tokens as i64);
         self.span.record("gen_ai.response.finish_reasons", told);
         tracing::info!(

@@ -31,12 +31,7 @@ pub fn start(log: &Log) -> Result<Telemetry, String> {
             .build()
             .map_err(|e| format!("OTEL_EXPORTER_OTLP_ENDPOINT: {e}"))?;
         let resource = Resource::builder().with_service_name("electron-gateway").build();
-        Some(
-            SdkTracerProvider::builder()
-                .with_batch_exporter(exporter)
-                .with_resource(resource)
-                .build(),
-        )
+        Some(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
     } else {
         None
     };
@@ -49,19 +44,12 @@ pub fn start(log: &Log) -> Result<Telemetry, String> {
             .with_ansi(std::io::stderr().is_terminal())
             .with_target(false)
             .boxed(),
-        LogFormat::Json => tracing_subscriber::fmt::layer()
-            .json()
-            .with_writer(std::io::stderr)
-            .boxed(),
+        LogFormat::Json => tracing_subscriber::fmt::layer().json().with_writer(std::io::stderr).boxed(),
     };
     let spans = provider
         .as_ref()
         .map(|provider| tracing_opentelemetry::layer().with_tracer(provider.tracer("electron-gateway")));
-    let _ = tracing_subscriber::registry()
-        .with(filter)
-        .with(lines)
-        .with(spans)
-        .try_init();
+    let _ = tracing_subscriber::registry().with(filter).with(lines).with(spans).try_init();
     Ok(Telemetry(provider))
 }
 
@@ -98,22 +86,12 @@ fn describe() {
     describe_counter!("electron_requests_total", "Requests by route and status.");
     describe_counter!("electron_turns_total", "Turns by how they ended.");
     describe_counter!("electron_prompt_tokens_total", "Tokens of prompts.");
-    describe_counter!(
-        "electron_cached_tokens_total",
-        "Tokens of prompts that the prefix cache served."
-    );
+    describe_counter!("electron_cached_tokens_total", "Tokens of prompts that the prefix cache served.");
     describe_counter!("electron_completion_tokens_total", "Generated tokens.");
-    describe_counter!(
-        "electron_prefix_cache_flushes_total",
-        "Times that the prefix cache was emptied."
-    );
+    describe_counter!("electron_prefix_cache_flushes_total", "Times that the prefix cache was emptied.");
     describe_gauge!("electron_queue_length", "Turns that wait for a slot.");
     describe_gauge!("electron_running", "Turns and warm-ups that run.");
-    describe_gauge!(
-        "electron_prefix_cache_bytes",
-        Unit::Bytes,
-        "What the prefix cache may hold at this moment."
-    );
+    describe_gauge!("electron_prefix_cache_bytes", Unit::Bytes, "What the prefix cache may hold at this moment.");
     describe_histogram!(
         "electron_time_to_first_token_seconds",
         Unit::Seconds,
@@ -124,9 +102,5 @@ fn describe() {
         Unit::Seconds,
         "From the token that opens a call to the phrase from the book being handed to the connection."
     );
-    describe_histogram!(
-        "electron_turn_seconds",
-        Unit::Seconds,
-        "From the request to the end of its turn."
-    );
+    describe_histogram!("electron_turn_seconds", Unit::Seconds, "From the request to the end of its turn.");
 }

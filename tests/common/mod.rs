@@ -26,9 +26,7 @@ pub static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap()
 /// The default model behind a server on a free port.
 pub static SERVER: LazyLock<Server> = LazyLock::new(|| {
     // The first test to ask runs on the runtime already, where waiting has to be done by another thread.
-    std::thread::spawn(|| RUNTIME.block_on(Server::start(Config::default())))
-        .join()
-        .unwrap()
+    std::thread::spawn(|| RUNTIME.block_on(Server::start(Config::default()))).join().unwrap()
 });
 
 pub struct Server {
@@ -48,20 +46,11 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
         tokio::spawn(server::serve(app, listener, stop.clone().cancelled_owned()));
-        Self {
-            url,
-            electron,
-            http: reqwest::Client::new(),
-            stop,
-        }
+        Self { url, electron, http: reqwest::Client::new(), stop }
     }
 
     pub async fn post(&self, body: &Value) -> reqwest::Response {
-        let request = self
-            .http
-            .post(format!("{}/v1/chat/completions", self.url))
-            .bearer_auth(KEY)
-            .json(body);
+        let request = self.http.post(format!("{}/v1/chat/completions", self.url)).bearer_auth(KEY).json(body);
         request.send().await.unwrap()
     }
 
@@ -82,26 +71,14 @@ impl Server {
         let text = response.text().await.unwrap();
         let mut data: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
         assert_eq!(data.pop(), Some("[DONE]"));
-        data.into_iter()
-            .map(|chunk| serde_json::from_str(chunk).unwrap())
-            .collect()
+        data.into_iter().map(|chunk| serde_json::from_str(chunk).unwrap()).collect()
     }
 
     /// The sum of a metric over all its labels.
     pub async fn metric(&self, name: &str) -> f64 {
-        let text = self
-            .http
-            .get(format!("{}/metrics", self.url))
-            .send()
-            .await
-            .unwrap()
-            .text()
-            .await
-            .unwrap();
+        let text = self.http.get(format!("{}/metrics", self.url)).send().await.unwrap().text().await.unwrap();
         let lines = text.lines().filter(|line| line.starts_with(name));
-        lines
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum()
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 }
 

@@ -87,10 +87,7 @@ fn made_once(gguf: &Path, suffix: &str, make: impl FnOnce(&Path) -> Result<(), F
     let out = gguf.with_extension(suffix);
     let stamp_file = gguf.with_extension(format!("{suffix}.made"));
     let meta = fs::metadata(gguf).map_err(|e| at(gguf, e))?;
-    let changed = meta
-        .modified()
-        .ok()
-        .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    let changed = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
     let stamp = format!("{VERSION} {} {}", meta.len(), changed.map_or(0, |t| t.as_secs()));
     if out.exists() && fs::read_to_string(&stamp_file).is_ok_and(|s| s == stamp) {
         return Ok(out);
@@ -115,11 +112,7 @@ fn made_once(gguf: &Path, suffix: &str, make: impl FnOnce(&Path) -> Result<(), F
 }
 
 fn remove(path: &Path) -> Result<(), Fault> {
-    let done = if path.is_dir() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
+    let done = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match done {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(at(path, e)),
         _ => Ok(()),
@@ -170,11 +163,7 @@ impl Gguf {
         let mut reader = BufReader::with_capacity(1 << 20, file);
         let content = gguf_file::Content::read(&mut reader)
             .map_err(|e| at(path, format!("not a readable GGUF file ({e}); download it again")))?;
-        Ok(Self {
-            path: path.to_owned(),
-            content,
-            reader,
-        })
+        Ok(Self { path: path.to_owned(), content, reader })
     }
 
     fn parameters(&self) -> usize {
@@ -182,32 +171,21 @@ impl Gguf {
     }
 
     fn get(&self, key: &str) -> Result<&gguf_file::Value, Fault> {
-        self.content
-            .metadata
-            .get(key)
-            .ok_or_else(|| at(&self.path, format!("the header lacks `{key}`")))
+        self.content.metadata.get(key).ok_or_else(|| at(&self.path, format!("the header lacks `{key}`")))
     }
 
     fn text(&self, key: &str) -> Result<&str, Fault> {
-        self.get(key)?
-            .to_string()
-            .map(String::as_str)
-            .map_err(|e| at(&self.path, format!("{key}: {e}")))
+        self.get(key)?.to_string().map(String::as_str).map_err(|e| at(&self.path, format!("{key}: {e}")))
     }
 
     fn number(&self, key: &str) -> Result<u64, Fault> {
         let value = self.get(key)?;
         let number = value.to_u64().or_else(|_| value.to_u32().map(u64::from));
-        number
-            .or_else(|_| value.to_i32().map(|n| n.max(0) as u64))
-            .map_err(|e| at(&self.path, format!("{key}: {e}")))
+        number.or_else(|_| value.to_i32().map(|n| n.max(0) as u64)).map_err(|e| at(&self.path, format!("{key}: {e}")))
     }
 
     fn list(&self, key: &str) -> Result<&[gguf_file::Value], Fault> {
-        self.get(key)?
-            .to_vec()
-            .map(Vec::as_slice)
-            .map_err(|e| at(&self.path, format!("{key}: {e}")))
+        self.get(key)?.to_vec().map(Vec::as_slice).map_err(|e| at(&self.path, format!("{key}: {e}")))
     }
 
     /// Whether this file can become a safetensors folder, and how.
@@ -215,12 +193,8 @@ impl Gguf {
         let architecture = self.text("general.architecture")?;
         let tokenizer = self.text("tokenizer.ggml.model")?;
         let pre = self.text("tokenizer.ggml.pre").unwrap_or("default");
-        let refuse = |what: String| {
-            at(
-                &self.path,
-                format!("{what} cannot be converted to F32; use weights = \"q8_0\""),
-            )
-        };
+        let refuse =
+            |what: String| at(&self.path, format!("{what} cannot be converted to F32; use weights = \"q8_0\""));
         if tokenizer != "gpt2" {
             return Err(refuse(format!("a tokenizer of kind `{tokenizer}`")));
         }
@@ -240,12 +214,7 @@ impl Gguf {
         if self.content.tensor_infos.contains_key("rope_freqs.weight") {
             return Err(refuse("scaled rotary embedding".into()));
         }
-        Ok(Kind {
-            class,
-            model_type,
-            interleaved,
-            pre_tokenizer,
-        })
+        Ok(Kind { class, model_type, interleaved, pre_tokenizer })
     }
 
     fn write_f32(&mut self, kind: Kind, out: &Path) -> Result<(), Fault> {
@@ -257,10 +226,7 @@ impl Gguf {
         write("config.json", &config)?;
         write("tokenizer.json", &self.tokenizer(kind)?)?;
         write("tokenizer_config.json", &self.tokenizer_config()?)?;
-        write(
-            "generation_config.json",
-            &json!({"eos_token_id": self.number("tokenizer.ggml.eos_token_id")?}),
-        )?;
+        write("generation_config.json", &json!({"eos_token_id": self.number("tokenizer.ggml.eos_token_id")?}))?;
 
         let heads = config["num_attention_heads"].as_u64().unwrap_or(1) as usize;
         let kv_heads = config["num_key_value_heads"].as_u64().unwrap_or(1) as usize;
@@ -269,10 +235,7 @@ impl Gguf {
         let bar = progress("Converting to F32", names.len() as u64 + 1);
         let mut tensors = HashMap::with_capacity(names.len());
         for name in names {
-            let tensor = self
-                .tensor(&name)?
-                .dequantize(&Device::Cpu)
-                .map_err(|e| at(&self.path, e))?;
+            let tensor = self.tensor(&name)?.dequantize(&Device::Cpu).map_err(|e| at(&self.path, e))?;
             let renamed = renamed(&name).ok_or_else(|| at(&self.path, format!("unknown tensor `{name}`")))?;
             let tensor = match (kind.interleaved, name.contains("attn_q."), name.contains("attn_k.")) {
                 (true, true, _) => split_halves(&tensor, heads),
@@ -305,12 +268,8 @@ impl Gguf {
             tensors.push((name, tensor));
             bar.inc(1);
         }
-        let mut metadata: Vec<(&str, &gguf_file::Value)> = self
-            .content
-            .metadata
-            .iter()
-            .map(|(key, value)| (key.as_str(), value))
-            .collect();
+        let mut metadata: Vec<(&str, &gguf_file::Value)> =
+            self.content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         metadata.sort_by_key(|(key, _)| *key);
         let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let file = File::create(out).map_err(|e| at(out, e))?;
@@ -320,12 +279,9 @@ impl Gguf {
     }
 
     fn tensor(&mut self, name: &str) -> Result<QTensor, Fault> {
-        self.content.tensor(&mut self.reader, name, &Device::Cpu).map_err(|e| {
-            at(
-                &self.path,
-                format!("{name}: {e}; the file may be cut off, download it again"),
-            )
-        })
+        self.content
+            .tensor(&mut self.reader, name, &Device::Cpu)
+            .map_err(|e| at(&self.path, format!("{name}: {e}; the file may be cut off, download it again")))
     }
 
     fn config(&self, kind: Kind) -> Result<Value, Fault> {
@@ -333,9 +289,7 @@ impl Gguf {
         let number = |key: &str| self.number(&format!("{architecture}.{key}"));
         let float = |key: &str| {
             let key = format!("{architecture}.{key}");
-            self.get(&key)?
-                .to_f32()
-                .map_err(|e| at(&self.path, format!("{key}: {e}")))
+            self.get(&key)?.to_f32().map_err(|e| at(&self.path, format!("{key}: {e}")))
         };
         let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
         Ok(json!({
@@ -363,12 +317,7 @@ impl Gguf {
 
     fn token(&self, key: &str) -> Option<&str> {
         let id = self.number(key).ok()? as usize;
-        self.list("tokenizer.ggml.tokens")
-            .ok()?
-            .get(id)?
-            .to_string()
-            .ok()
-            .map(String::as_str)
+        self.list("tokenizer.ggml.tokens").ok()?.get(id)?.to_string().ok().map(String::as_str)
     }
 
     fn tokenizer_config(&self) -> Result<Value, Fault> {
@@ -398,11 +347,8 @@ impl Gguf {
             }
             vocab.insert(token.clone(), json!(id));
         }
-        let merges: Vec<&String> = self
-            .list("tokenizer.ggml.merges")?
-            .iter()
-            .filter_map(|merge| merge.to_string().ok())
-            .collect();
+        let merges: Vec<&String> =
+            self.list("tokenizer.ggml.merges")?.iter().filter_map(|merge| merge.to_string().ok()).collect();
         let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         let pre_tokenizer = match kind.pre_tokenizer {
             PreTokenizer::Gpt2 => bytes(true),
@@ -457,11 +403,7 @@ fn split_halves(tensor: &Tensor, heads: usize) -> candle_core::Result<Tensor> {
     let shape = tensor.shape().clone();
     let rows = shape.dims()[0];
     let columns = shape.elem_count() / rows;
-    tensor
-        .reshape((heads, rows / heads / 2, 2, columns))?
-        .transpose(1, 2)?
-        .contiguous()?
-        .reshape(shape)
+    tensor.reshape((heads, rows / heads / 2, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape(shape)
 }
 
 /// A progress bar on standard error; nothing where that is no terminal.
@@ -482,22 +424,13 @@ mod tests {
     fn rows_of_a_head_are_put_back_into_two_halves() {
         let interleaved = Tensor::new(&[0f32, 4., 1., 5., 2., 6., 3., 7.], &Device::Cpu).unwrap();
         let rows = split_halves(&interleaved.reshape((8, 1)).unwrap(), 1).unwrap();
-        assert_eq!(
-            rows.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
-            [0., 1., 2., 3., 4., 5., 6., 7.]
-        );
+        assert_eq!(rows.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0., 1., 2., 3., 4., 5., 6., 7.]);
     }
 
     #[test]
     fn tensor_names_follow_the_transformers_layout() {
-        assert_eq!(
-            renamed("blk.12.attn_q.weight").as_deref(),
-            Some("model.layers.12.self_attn.q_proj.weight")
-        );
-        assert_eq!(
-            renamed("blk.0.attn_k.bias").as_deref(),
-            Some("model.layers.0.self_attn.k_proj.bias")
-        );
+        assert_eq!(renamed("blk.12.attn_q.weight").as_deref(), Some("model.layers.12.self_attn.q_proj.weight"));
+        assert_eq!(renamed("blk.0.attn_k.bias").as_deref(), Some("model.layers.0.self_attn.k_proj.bias"));
         assert_eq!(renamed("blk.0.ssm_a"), None);
     }
 
@@ -508,10 +441,7 @@ mod tests {
         let path = dir.join("broken.gguf");
         fs::write(&path, b"GGUFnonsense").unwrap();
         let fault = prepare(&path, Weights::Auto, true).unwrap_err();
-        assert!(
-            fault.contains("broken.gguf") && fault.contains("download it again"),
-            "{fault}"
-        );
+        assert!(fault.contains("broken.gguf") && fault.contains("download it again"), "{fault}");
         fs::remove_dir_all(dir).unwrap();
     }
 }

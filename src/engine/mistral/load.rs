@@ -38,22 +38,14 @@ pub(super) fn load(source: &str, weights: Weights) -> Result<Loaded, String> {
     } else if path.is_file() {
         Some(convert::prepare(path, weights, device.is_cpu())?)
     } else if source.ends_with(".gguf") || source.starts_with(['/', '.']) {
-        return Err(format!(
-            "{source}: no such file. Name a GGUF file, a folder or a Hugging Face id."
-        ));
+        return Err(format!("{source}: no such file. Name a GGUF file, a folder or a Hugging Face id."));
     } else {
         None
     };
     let (loader, from): (Box<dyn Loader>, String) = match &prepared {
         Some(Prepared::Gguf(file)) => {
-            let folder = file
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
-            let name = file
-                .file_name()
-                .map(|n| n.to_string_lossy().into_owned())
-                .unwrap_or_default();
+            let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             let folder = folder.to_string_lossy().into_owned();
             let config = GGUFSpecificConfig { topology: None };
             (
@@ -75,11 +67,7 @@ pub(super) fn load(source: &str, weights: Weights) -> Result<Loaded, String> {
         })
         .transpose()
         .map_err(|e| e.to_string())?;
-    let dtype = if device.is_cpu() {
-        ModelDType::F32
-    } else {
-        ModelDType::Auto
-    };
+    let dtype = if device.is_cpu() { ModelDType::F32 } else { ModelDType::Auto };
     // The loader panics on some broken files instead of returning an error.
     let pipeline = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         loader.load_model_from_hf(
@@ -95,10 +83,7 @@ pub(super) fn load(source: &str, weights: Weights) -> Result<Loaded, String> {
     }))
     .map_err(|_| format!("{source}: the files could not be read; they may be incomplete, get them again"))?
     .map_err(|e| format!("{source}: {e:#}"))?;
-    let architecture = prepared
-        .as_ref()
-        .and_then(convert::architecture)
-        .unwrap_or_else(|| "unknown".into());
+    let architecture = prepared.as_ref().and_then(convert::architecture).unwrap_or_else(|| "unknown".into());
     let loaded = describe(source, architecture, pipeline, paged.is_some())?;
     tracing::info!(
         model = source,
@@ -128,15 +113,8 @@ fn folder_loader(model: &str) -> Result<Box<dyn Loader>, String> {
 }
 
 /// Texts with which models end a turn, beside the one that their file names.
-const END_OF_TURN: [&str; 7] = [
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "</s>",
-];
+const END_OF_TURN: [&str; 7] =
+    ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>"];
 
 fn describe(
     source: &str,
@@ -144,25 +122,15 @@ fn describe(
     pipeline: Arc<Mutex<dyn Pipeline + Send + Sync>>,
     paged: bool,
 ) -> Result<Loaded, String> {
-    let held = pipeline
-        .try_lock()
-        .map_err(|_| "the model is in use while it loads".to_owned())?;
+    let held = pipeline.try_lock().map_err(|_| "the model is in use while it loads".to_owned())?;
     let metadata = held.get_metadata();
-    let tokenizer = held
-        .tokenizer()
-        .ok_or_else(|| format!("{source}: no tokenizer comes with it"))?;
-    let template = held
-        .get_chat_template()
-        .ok_or_else(|| format!("{source}: no chat template comes with it"))?;
+    let tokenizer = held.tokenizer().ok_or_else(|| format!("{source}: no tokenizer comes with it"))?;
+    let template = held.get_chat_template().ok_or_else(|| format!("{source}: no chat template comes with it"))?;
     let chat_template = ChatTemplate {
         source: match template.chat_template.as_ref().map(|t| &t.0) {
-            Some(one_or_named) => one_or_named
-                .as_ref()
-                .either(String::clone, |named| pick_template(named)),
+            Some(one_or_named) => one_or_named.as_ref().either(String::clone, |named| pick_template(named)),
             None => {
-                return Err(format!(
-                    "{source}: the model has no chat template; use an instruction-tuned model"
-                ));
+                return Err(format!("{source}: the model has no chat template; use an instruction-tuned model"));
             }
         },
         bos_token: template.bos_tok().unwrap_or_default(),
@@ -190,13 +158,7 @@ fn describe(
     drop(held);
     Ok(Loaded {
         pipeline,
-        info: ModelInfo {
-            source: source.to_owned(),
-            architecture,
-            context,
-            chat_template,
-            vocabulary,
-        },
+        info: ModelInfo { source: source.to_owned(), architecture, context, chat_template, vocabulary },
         bytes_per_token,
         paged,
         sentinel,
@@ -206,11 +168,7 @@ fn describe(
 /// Of several named templates the one for tools, else the default.
 fn pick_template(named: &[std::collections::HashMap<String, String>]) -> String {
     let by_name = |name: &str| {
-        named
-            .iter()
-            .find(|t| t.get("name").is_some_and(|n| n == name))
-            .and_then(|t| t.get("template"))
-            .cloned()
+        named.iter().find(|t| t.get("name").is_some_and(|n| n == name)).and_then(|t| t.get("template")).cloned()
     };
     by_name("tool_use").or_else(|| by_name("default")).unwrap_or_default()
 }

@@ -111,14 +111,7 @@ impl MistralEngine {
         let loaded = tokio::task::spawn_blocking(move || load::load(&source, weights))
             .await
             .map_err(|e| format!("loading was interrupted: {e}"))??;
-        let Loaded {
-            pipeline,
-            mut info,
-            bytes_per_token,
-            paged,
-            sentinel,
-            ..
-        } = loaded;
+        let Loaded { pipeline, mut info, bytes_per_token, paged, sentinel, .. } = loaded;
         if settings.context > 0 {
             info.context = info.context.min(settings.context);
         }
@@ -127,18 +120,15 @@ impl MistralEngine {
         let method = {
             let metadata = pipeline.lock().await.get_metadata();
             match (paged, &metadata.cache_config) {
-                (true, Some(config)) => SchedulerConfig::PagedAttentionMeta {
-                    max_num_seqs: slots,
-                    config: config.clone(),
-                },
+                (true, Some(config)) => {
+                    SchedulerConfig::PagedAttentionMeta { max_num_seqs: slots, config: config.clone() }
+                }
                 _ => SchedulerConfig::DefaultScheduler {
                     method: DefaultSchedulerMethod::Fixed(NonZeroUsize::new(slots).unwrap_or(NonZeroUsize::MIN)),
                 },
             }
         };
-        let engine = MistralRsBuilder::new(pipeline.clone(), method, false, None)
-            .build()
-            .await;
+        let engine = MistralRsBuilder::new(pipeline.clone(), method, false, None).build().await;
         let queue = Arc::new(Queue::new(settings.queue, QUIET));
         let (readiness, _) = watch::channel(Readiness::NotReady("the model has not answered yet".into()));
         let state = Arc::new(State {
@@ -147,10 +137,7 @@ impl MistralEngine {
             running: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
         });
-        let endings = Endings {
-            end_of_turn: info.vocabulary.end_of_turn().into(),
-            sentinel,
-        };
+        let endings = Endings { end_of_turn: info.vocabulary.end_of_turn().into(), sentinel };
         let dispatcher = Dispatcher {
             engine,
             pipeline,
@@ -172,10 +159,7 @@ impl MistralEngine {
             Readiness::Ready => Ok(()),
             Readiness::NotReady(why) => {
                 let message = format!("The model is not ready: {why}.").into();
-                Err(Error::Overloaded {
-                    message,
-                    retry_after: RETRY_AFTER,
-                })
+                Err(Error::Overloaded { message, retry_after: RETRY_AFTER })
             }
         }
     }
@@ -186,9 +170,7 @@ impl MistralEngine {
     /// A text for the operator, when it fails to.
     pub async fn first_token(&self) -> Result<(), String> {
         let mut readiness = self.state.readiness.subscribe();
-        let seen = readiness
-            .wait_for(|r| !matches!(r, Readiness::NotReady(why) if why.contains("not answered")))
-            .await;
+        let seen = readiness.wait_for(|r| !matches!(r, Readiness::NotReady(why) if why.contains("not answered"))).await;
         match seen.map(|r| r.clone()) {
             Ok(Readiness::Ready) => Ok(()),
             Ok(Readiness::NotReady(why)) => Err(why),
@@ -217,11 +199,7 @@ impl TokenEngine for MistralEngine {
         self.check_ready()?;
         let (events, receiver) = mpsc::channel(2);
         let cancel = CancellationToken::new();
-        let warm_up = WarmUp {
-            prompt,
-            done: 0,
-            asked_by: Some((events, cancel.clone())),
-        };
+        let warm_up = WarmUp { prompt, done: 0, asked_by: Some((events, cancel.clone())) };
         self.queue.push(Job::WarmUp(warm_up)).map_err(|_| full())?;
         Ok(Tokens::new(receiver, cancel))
     }
@@ -242,10 +220,7 @@ impl TokenEngine for MistralEngine {
 
 fn full() -> Error {
     let message = "Every place in the queue is taken. Try again in a moment.".into();
-    Error::Overloaded {
-        message,
-        retry_after: RETRY_AFTER,
-    }
+    Error::Overloaded { message, retry_after: RETRY_AFTER }
 }
 
 impl Waiting for Job {
@@ -259,10 +234,9 @@ impl Waiting for Job {
     fn is_abandoned(&self) -> bool {
         match self {
             Self::Turn(_, events, cancel) => events.is_closed() || cancel.is_cancelled(),
-            Self::WarmUp(warm_up) => warm_up
-                .asked_by
-                .as_ref()
-                .is_some_and(|(events, cancel)| events.is_closed() || cancel.is_cancelled()),
+            Self::WarmUp(warm_up) => {
+                warm_up.asked_by.as_ref().is_some_and(|(events, cancel)| events.is_closed() || cancel.is_cancelled())
+            }
         }
     }
 }
@@ -326,11 +300,7 @@ impl Dispatcher {
     async fn recover(&self, why: String) {
         const TRIES: u32 = 20;
         let not_ready = Readiness::NotReady(format!("it failed ({why}) and is being restarted"));
-        if !self
-            .state
-            .readiness
-            .send_if_modified(|r| std::mem::replace(r, not_ready.clone()) == Readiness::Ready)
-        {
+        if !self.state.readiness.send_if_modified(|r| std::mem::replace(r, not_ready.clone()) == Readiness::Ready) {
             // Somebody else is at it.
             return;
         }
@@ -364,27 +334,12 @@ impl Dispatcher {
     }
 
     async fn generate(&self, generation: Generation, events: Events, cancel: CancellationToken) -> Result<(), String> {
-        let Generation {
-            prompt,
-            sampling,
-            max_tokens,
-            guide,
-        } = generation;
+        let Generation { prompt, sampling, max_tokens, guide } = generation;
         self.make_room(&prompt).await;
         let cached_tokens = self.state.mirror().lookup(&prompt);
-        let _ = events.try_send(Ok(TokenEvent::Started {
-            at: Instant::now(),
-            cached_tokens,
-        }));
+        let _ = events.try_send(Ok(TokenEvent::Started { at: Instant::now(), cached_tokens }));
         let prompt_len = prompt.len();
-        let sampler = Arc::new(Sampler::new(
-            sampling,
-            max_tokens,
-            guide,
-            self.endings.clone(),
-            events.clone(),
-            cancel,
-        ));
+        let sampler = Arc::new(Sampler::new(sampling, max_tokens, guide, self.endings.clone(), events.clone(), cancel));
         match self.send(prompt.clone(), sampler.clone()).await {
             Ok(()) => {
                 match sampler.computed() {
@@ -419,19 +374,12 @@ impl Dispatcher {
         let prompt = &warm_up.prompt;
         let known = self.state.mirror().covers(prompt).max(warm_up.done);
         if warm_up.done == 0 {
-            warm_up.tell(TokenEvent::Started {
-                at: Instant::now(),
-                cached_tokens: known,
-            });
+            warm_up.tell(TokenEvent::Started { at: Instant::now(), cached_tokens: known });
         }
         let step = self.warm_up_step;
         let end = (known + step).min(prompt.len());
         // What remains is too short to be worth a step of its own.
-        let end = if prompt.len() - end < step / 4 {
-            prompt.len()
-        } else {
-            end
-        };
+        let end = if prompt.len() - end < step / 4 { prompt.len() } else { end };
         if end > known {
             self.make_room(&prompt[..end]).await;
             self.prefill(prompt[..end].to_vec()).await?;
@@ -446,10 +394,7 @@ impl Dispatcher {
     }
 
     async fn prefill(&self, prompt: Vec<u32>) -> Result<(), String> {
-        match self
-            .send(prompt.clone(), Arc::new(Sentinel(self.endings.sentinel)))
-            .await
-        {
+        match self.send(prompt.clone(), Arc::new(Sentinel(self.endings.sentinel))).await {
             Ok(()) => {
                 self.finished(prompt.len(), prompt);
                 Ok(())
@@ -489,11 +434,7 @@ impl Dispatcher {
         }
         for tokens in live {
             if !tokens.starts_with(prompt) && !prompt.starts_with(&tokens) {
-                let _ = self.queue.push(Job::WarmUp(WarmUp {
-                    prompt: tokens,
-                    done: 0,
-                    asked_by: None,
-                }));
+                let _ = self.queue.push(Job::WarmUp(WarmUp { prompt: tokens, done: 0, asked_by: None }));
             }
         }
     }
@@ -520,10 +461,7 @@ impl Dispatcher {
             model_id: None,
             truncate_sequence: false,
         };
-        let sender = self
-            .engine
-            .get_sender(None)
-            .map_err(|e| Failure::Engine(format!("no engine: {e}")))?;
+        let sender = self.engine.get_sender(None).map_err(|e| Failure::Engine(format!("no engine: {e}")))?;
         sender
             .send(Request::Normal(Box::new(request)))
             .await

@@ -29,10 +29,7 @@ struct Entry {
 
 impl PrefixMirror {
     pub(super) fn new(bytes_per_token: u64) -> Self {
-        Self {
-            entries: Vec::new(),
-            bytes_per_token,
-        }
+        Self { entries: Vec::new(), bytes_per_token }
     }
 
     /// How many tokens of this prompt the cache will serve.
@@ -42,11 +39,7 @@ impl PrefixMirror {
 
     /// How many tokens of this prompt are in the cache, though the prompt itself may not be served.
     pub(super) fn covers(&self, prompt: &[u32]) -> usize {
-        self.entries
-            .iter()
-            .map(|entry| common(prompt, &entry.tokens))
-            .max()
-            .unwrap_or(0)
+        self.entries.iter().map(|entry| common(prompt, &entry.tokens)).max().unwrap_or(0)
     }
 
     /// The entry with the longest common prefix, the first of equals. None for a prompt that an entry wholly contains:
@@ -64,14 +57,8 @@ impl PrefixMirror {
 
     /// Takes note of a finished sequence: `tokens` starts with the prompt that was looked up when it started.
     pub(super) fn insert(&mut self, prompt_len: usize, tokens: Vec<u32>) {
-        let start = self
-            .best(&tokens[..prompt_len])
-            .map_or(grown(prompt_len), |(_, entry)| entry.capacity);
-        let capacity = if tokens.len() > start {
-            start + grown(tokens.len() - start)
-        } else {
-            start
-        };
+        let start = self.best(&tokens[..prompt_len]).map_or(grown(prompt_len), |(_, entry)| entry.capacity);
+        let capacity = if tokens.len() > start { start + grown(tokens.len() - start) } else { start };
         self.entries.retain(|entry| entry.tokens != tokens);
         self.entries.push(Entry { tokens, capacity });
     }
@@ -93,10 +80,7 @@ impl PrefixMirror {
         let mut cost = 0;
         for entry in std::mem::take(&mut self.entries).into_iter().rev() {
             // An older sequence that a kept one continues is the same conversation at an earlier turn.
-            if kept
-                .iter()
-                .any(|later| common(later, &entry.tokens) * 4 >= entry.tokens.len() * 3)
-            {
+            if kept.iter().any(|later| common(later, &entry.tokens) * 4 >= entry.tokens.len() * 3) {
                 continue;
             }
             cost += self.cost(entry.tokens.len());

@@ -45,17 +45,8 @@ struct Lanes<T> {
 impl<T: Waiting> Queue<T> {
     /// A queue that holds `bound` of each class.
     pub(super) fn new(bound: usize, quiet: Duration) -> Self {
-        let lanes = Lanes {
-            turns: VecDeque::new(),
-            warm_ups: VecDeque::new(),
-            last_turn: None,
-        };
-        Self {
-            lanes: Mutex::new(lanes),
-            arrived: Notify::new(),
-            bound,
-            quiet,
-        }
+        let lanes = Lanes { turns: VecDeque::new(), warm_ups: VecDeque::new(), last_turn: None };
+        Self { lanes: Mutex::new(lanes), arrived: Notify::new(), bound, quiet }
     }
 
     /// Adds an item at the end of its class, or gives it back when the class is full.
@@ -164,10 +155,7 @@ mod tests {
         assert_eq!(queue.next().await.0, 3);
         let before = Instant::now();
         assert_eq!(queue.next().await.0, 1);
-        assert!(
-            before.elapsed() >= Duration::from_millis(10),
-            "a warm-up waits until it is quiet"
-        );
+        assert!(before.elapsed() >= Duration::from_millis(10), "a warm-up waits until it is quiet");
     }
 
     #[tokio::test]

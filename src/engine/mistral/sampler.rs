@@ -168,11 +168,7 @@ impl State {
         let flow = self.guide.commit(token).map_err(unguided)?;
         *self.counts.entry(token).or_default() += 1;
         self.left = self.left.saturating_sub(1);
-        self.send(TokenEvent::Token(Token {
-            id: token,
-            at: Instant::now(),
-            logprob: reported.map(|r| r.of(token)),
-        }));
+        self.send(TokenEvent::Token(Token { id: token, at: Instant::now(), logprob: reported.map(|r| r.of(token)) }));
         Ok(match flow {
             Flow::Stop => self.finish(TokenFinish::Guide),
             Flow::Continue if self.left == 0 => self.finish(TokenFinish::Length),
@@ -276,18 +272,11 @@ impl Report {
     fn new(scores: &[f32], top: usize) -> Self {
         let max = argmax(scores).map_or(0.0, |(_, max)| max);
         let sum: f64 = scores.iter().map(|&s| f64::from(s - max).exp()).sum();
-        Self {
-            scores: scores.to_vec(),
-            norm: max + sum.ln() as f32,
-            top,
-        }
+        Self { scores: scores.to_vec(), norm: max + sum.ln() as f32, top }
     }
 
     fn of(mut self, token: u32) -> Logprob {
-        let chosen = self
-            .scores
-            .get(token as usize)
-            .map_or(f32::NEG_INFINITY, |s| s - self.norm);
+        let chosen = self.scores.get(token as usize).map_or(f32::NEG_INFINITY, |s| s - self.norm);
         let mut ids: Vec<u32> = (0..self.scores.len() as u32).collect();
         let top = self.top.min(ids.len());
         let scores = std::mem::take(&mut self.scores);
@@ -297,13 +286,7 @@ impl Report {
         }
         ids.truncate(top);
         ids.sort_unstable_by(order);
-        Logprob {
-            chosen,
-            top: ids
-                .into_iter()
-                .map(|id| (id, scores[id as usize] - self.norm))
-                .collect(),
-        }
+        Logprob { chosen, top: ids.into_iter().map(|id| (id, scores[id as usize] - self.norm)).collect() }
     }
 }
 
@@ -328,26 +311,13 @@ mod tests {
     /// Tokens 0 to 5; 3 ends the turn, 4 is vetoed, 5 is the sentinel.
     fn state(sampling: Sampling, max_tokens: usize) -> (State, mpsc::Receiver<Result<TokenEvent, Error>>) {
         let (events, receiver) = mpsc::channel(64);
-        let endings = Endings {
-            end_of_turn: Arc::new([3]),
-            sentinel: 5,
-        };
-        let sampler = Sampler::new(
-            sampling,
-            max_tokens,
-            Box::new(Free),
-            endings,
-            events,
-            CancellationToken::new(),
-        );
+        let endings = Endings { end_of_turn: Arc::new([3]), sentinel: 5 };
+        let sampler = Sampler::new(sampling, max_tokens, Box::new(Free), endings, events, CancellationToken::new());
         (sampler.0.into_inner().unwrap(), receiver)
     }
 
     fn greedy() -> Sampling {
-        Sampling {
-            temperature: 0.0,
-            ..Sampling::default()
-        }
+        Sampling { temperature: 0.0, ..Sampling::default() }
     }
 
     #[test]
@@ -361,10 +331,7 @@ mod tests {
         let (mut state, mut events) = state(greedy(), 10);
         assert_eq!(state.step(&mut [0.0, 0.0, 0.0, 9.0, 0.0, 0.0]), Ok(5));
         assert_eq!(state.step(&mut [9.0, 0.0, 0.0, 0.0, 0.0, 0.0]), Ok(5));
-        assert!(matches!(
-            events.try_recv(),
-            Ok(Ok(TokenEvent::Finished(TokenFinish::EndOfTurn)))
-        ));
+        assert!(matches!(events.try_recv(), Ok(Ok(TokenEvent::Finished(TokenFinish::EndOfTurn)))));
         assert!(events.try_recv().is_err());
     }
 
@@ -372,14 +339,8 @@ mod tests {
     fn the_token_limit_counts_the_last_token() {
         let (mut state, mut events) = state(greedy(), 1);
         assert_eq!(state.step(&mut [9.0, 0.0, 0.0, 0.0, 0.0, 0.0]), Ok(5));
-        assert!(matches!(
-            events.try_recv(),
-            Ok(Ok(TokenEvent::Token(Token { id: 0, .. })))
-        ));
-        assert!(matches!(
-            events.try_recv(),
-            Ok(Ok(TokenEvent::Finished(TokenFinish::Length)))
-        ));
+        assert!(matches!(events.try_recv(), Ok(Ok(TokenEvent::Token(Token { id: 0, .. })))));
+        assert!(matches!(events.try_recv(), Ok(Ok(TokenEvent::Finished(TokenFinish::Length)))));
     }
 
     #[test]
@@ -392,11 +353,7 @@ mod tests {
 
     #[test]
     fn penalties_count_what_was_generated() {
-        let sampling = Sampling {
-            frequency_penalty: 1.0,
-            presence_penalty: 0.5,
-            ..greedy()
-        };
+        let sampling = Sampling { frequency_penalty: 1.0, presence_penalty: 0.5, ..greedy() };
         let (mut state, _events) = state(sampling, 10);
         let scores = [2.0, 1.0, 0.0, -9.0, 0.0, 0.0];
         assert_eq!(state.step(&mut scores.clone()), Ok(0), "2.0 wins");
@@ -406,10 +363,7 @@ mod tests {
 
     #[test]
     fn a_bias_of_minus_hundred_bans_and_of_hundred_forces() {
-        let sampling = Sampling {
-            logit_bias: vec![(0, -100.0), (2, 100.0)],
-            ..greedy()
-        };
+        let sampling = Sampling { logit_bias: vec![(0, -100.0), (2, 100.0)], ..greedy() };
         let (mut state, _events) = state(sampling, 10);
         assert_eq!(state.step(&mut [9.0, 1.0, -9.0, -9.0, 0.0, 0.0]), Ok(2));
     }
@@ -417,23 +371,14 @@ mod tests {
     #[test]
     fn a_seed_makes_the_draw_repeatable_and_top_p_cuts_the_tail() {
         let draw = |seed, top_p| {
-            let sampling = Sampling {
-                seed: Some(seed),
-                top_p,
-                ..Sampling::default()
-            };
+            let sampling = Sampling { seed: Some(seed), top_p, ..Sampling::default() };
             let (mut state, _events) = state(sampling, 64);
-            (0..32)
-                .map(|_| state.draw(&[1.0, 1.0, 1.0, f32::NEG_INFINITY]).unwrap())
-                .collect::<Vec<_>>()
+            (0..32).map(|_| state.draw(&[1.0, 1.0, 1.0, f32::NEG_INFINITY]).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(draw(7, 1.0), draw(7, 1.0));
         assert_ne!(draw(7, 1.0), draw(8, 1.0));
         assert!(draw(7, 1.0).contains(&2));
-        assert!(
-            !draw(7, 0.5).contains(&2),
-            "two of three equal tokens hold half the mass"
-        );
+        assert!(!draw(7, 0.5).contains(&2), "two of three equal tokens hold half the mass");
     }
 
     #[test]
@@ -448,16 +393,7 @@ mod tests {
     fn nothing_allowed_is_an_error_not_a_loop() {
         let (mut state, _events) = state(greedy(), 10);
         assert!(
-            state
-                .step(&mut [
-                    f32::NEG_INFINITY,
-                    f32::NAN,
-                    f32::NEG_INFINITY,
-                    f32::NEG_INFINITY,
-                    1.0,
-                    1.0
-                ])
-                .is_err()
+            state.step(&mut [f32::NEG_INFINITY, f32::NAN, f32::NEG_INFINITY, f32::NEG_INFINITY, 1.0, 1.0]).is_err()
         );
     }
 }

@@ -23,8 +23,8 @@ use crate::{
 /// Most calls in one turn.
 const MOST_CALLS: usize = 8;
 
-/// How results of tools are shown to a model without a form of its own, which it may imitate and nobody wants to hear.
-const NEVER_SPOKEN: [&str; 2] = ["<tool_response", "</tool_"];
+/// Texts with which a model that is not sure of its call syntax begins to imitate it, and which nobody wants to hear.
+const NEVER_SPOKEN: [&str; 2] = ["<tool", "</tool"];
 
 /// Compiled grammars that are kept: agents use the same tools turn after turn.
 const KEPT: usize = 64;
@@ -372,17 +372,25 @@ impl TurnGuide {
     /// Where an opening is complete in the text so far plus this token: `Some(true)` when it ends with the token,
     /// `Some(false)` when the token goes on behind it.
     fn opens(&self, bytes: &[u8]) -> Option<bool> {
-        self.completes(self.opening?, bytes)
-    }
-
-    /// The same for any text.
-    fn completes(&self, wanted: &str, bytes: &[u8]) -> Option<bool> {
-        let wanted = wanted.as_bytes();
+        let wanted = self.opening?.as_bytes();
         let keep = self.tail.len().min(wanted.len() - 1);
         let mut text = self.tail[self.tail.len() - keep..].to_vec();
         text.extend_from_slice(bytes);
         let at = text.windows(wanted.len()).position(|window| window == wanted)?;
         Some(at + wanted.len() == text.len())
+    }
+
+    /// Whether the text would hold something like call syntax that is none.
+    fn imitates(&self, bytes: &[u8], may_open: bool) -> bool {
+        let Some(opening) = self.opening.filter(|opening| opening.starts_with(NEVER_SPOKEN[0])) else { return false };
+        let text: Vec<u8> = self.tail.iter().chain(bytes).copied().collect();
+        let found = NEVER_SPOKEN
+            .iter()
+            .flat_map(|wanted| (0..text.len()).filter(|at| text[*at..].starts_with(wanted.as_bytes())));
+        found.map(|at| &text[at..]).any(|rest| {
+            let opens = opening.as_bytes().starts_with(rest) || rest.starts_with(opening.as_bytes());
+            !(may_open && opens)
+        })
     }
 
     /// The bytes that a token adds to the text: none for control tokens, but for the opening of a call.
@@ -396,7 +404,7 @@ impl TurnGuide {
     /// Whether a stop text is complete, now that these bytes came.
     fn stopped_by(&mut self, bytes: &[u8]) -> bool {
         let longest = self.stops.iter().map(Vec::len).max().unwrap_or(0);
-        let longest = longest.max(self.opening.map_or(0, |opening| opening.len().max(NEVER_SPOKEN[0].len())));
+        let longest = longest.max(self.opening.map_or(0, |opening| opening.len() + NEVER_SPOKEN[1].len()));
         let from = self.tail.len().saturating_sub(longest);
         self.tail.drain(..from);
         self.tail.extend_from_slice(bytes);
@@ -436,13 +444,14 @@ impl Guide for TurnGuide {
     fn vetoes(&self, token: u32) -> bool {
         let Phase::Text { calls, said } = &self.phase else { return false };
         let bytes = self.text_of(token);
-        if self.opening.is_some() && NEVER_SPOKEN.iter().any(|text| self.completes(text, bytes).is_some()) {
+        let may_open = calls.is_some() && (self.speaks || !said);
+        if self.imitates(bytes, may_open) {
             return true;
         }
         match self.opens(bytes) {
             None => false,
             // The grammar takes over right behind the opening, so that a token must end there.
-            Some(ends_with_token) => !(ends_with_token && calls.is_some() && (self.speaks || !said)),
+            Some(ends_with_token) => !(ends_with_token && may_open),
         }
     }
 

@@ -22,10 +22,6 @@ fn resident() -> u64 {
 #[test]
 fn conversations_stay_within_the_budget() {
     run(async {
-        let _ = electron_gateway::server::telemetry::start(&electron_gateway::config::Log {
-            level: "electron_gateway=debug".into(),
-            ..Default::default()
-        });
         let mut config = Config::default();
         config.model.prefix_cache = ByteSize::mib(256);
         let server = Server::start(config).await;

@@ -20,7 +20,8 @@ build: tools
 # What the build and the tests need besides Rust. Looks first, installs only what is missing.
 tools:
 	@command -v cargo >/dev/null || { echo "Rust is missing: see https://rustup.rs"; exit 1; }
-	@command -v cc >/dev/null && command -v python3 >/dev/null && python3 -m pip --version >/dev/null 2>&1 || \
+	@command -v cc >/dev/null && command -v python3 >/dev/null && python3 -m pip --version >/dev/null 2>&1 \
+	  && python3 -m venv --help >/dev/null 2>&1 || \
 	  { echo "Installing a C compiler and Python"; apt-get update -qq && \
 	    apt-get install -y -qq --no-install-recommends build-essential python3 python3-pip python3-venv; }
 

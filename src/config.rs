@@ -42,6 +42,9 @@ pub struct Server {
     /// Longest that reading a request's head or body may take.
     #[serde(with = "humantime_serde")]
     pub read_timeout: Duration,
+    /// Longest that a client may take nothing of its answer.
+    #[serde(with = "humantime_serde")]
+    pub write_timeout: Duration,
     /// How long running answers may go on after the server was told to stop.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
@@ -155,6 +158,7 @@ impl Default for Server {
             max_body: ByteSize::mib(1),
             request_timeout: Duration::from_secs(300),
             read_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
             shutdown_grace: Duration::from_secs(30),
             cors_origins: Vec::new(),
             max_connections: 10_000,
@@ -244,9 +248,11 @@ impl Config {
         if !within(server.max_body, ByteSize::kib(1), ByteSize::gib(1)) {
             refuse("server.max_body", &server.max_body, "1 KiB to 1 GiB");
         }
-        for (name, value) in
-            [("server.request_timeout", server.request_timeout), ("server.read_timeout", server.read_timeout)]
-        {
+        for (name, value) in [
+            ("server.request_timeout", server.request_timeout),
+            ("server.read_timeout", server.read_timeout),
+            ("server.write_timeout", server.write_timeout),
+        ] {
             if value.is_zero() || value > Duration::from_secs(86_400) {
                 refuse(name, &humantime_serde::re::humantime::format_duration(value), "more than 0 up to 1 day");
             }

@@ -168,3 +168,23 @@ fn generations_are_served_in_order_and_cancelled_ones_not_at_all() {
         assert_eq!(last.await.unwrap().1.len(), 2);
     });
 }
+
+#[test]
+fn several_slots_share_the_engine_and_its_budget() {
+    run(async {
+        let engine = engine(|model| {
+            model.slots = 2;
+            model.prefix_cache = bytesize::ByteSize::mib(50);
+        })
+        .await;
+        let alone = finish(&engine, generation(&engine, "The capital of France is", 6, Free(None))).await.unwrap().1;
+        for round in 0..4 {
+            let one = finish(&engine, generation(&engine, "The capital of France is", 6, Free(None)));
+            let other = finish(&engine, generation(&engine, &format!("In round {round} of the"), 9, Free(None)));
+            let (one, other) = tokio::join!(one, other);
+            assert_eq!(one.unwrap().1, alone);
+            assert_eq!(other.unwrap().1.len(), 9);
+        }
+        assert!(engine.gauges().prefix_cache_flushes > 0);
+    });
+}

@@ -73,7 +73,7 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
             }
             for call in calls {
                 let name = call["function"]["name"].as_str().unwrap_or_default();
-                let result = ask(&format!("result of {name}"))?.unwrap_or_else(|| "no result".into());
+                let Some(result) = ask(&format!("result of {name}"))? else { return Ok(()) };
                 messages.push(json!({"role": "tool", "tool_call_id": call["id"], "content": result}));
             }
             choice = "auto".into();

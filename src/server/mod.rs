@@ -28,6 +28,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
+use tokio_io_timeout::TimeoutStream;
 use tower_http::{
     catch_panic::CatchPanicLayer,
     cors::{AllowHeaders, CorsLayer},
@@ -233,7 +234,7 @@ async fn read_body(request: Request, config: &Config) -> Result<Vec<u8>, Error> 
 /// When the listener fails for good.
 pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Output = ()>) -> std::io::Result<()> {
     let server = &app.config.server;
-    let (grace, read_timeout) = (server.shutdown_grace, server.read_timeout);
+    let (grace, read_timeout, write_timeout) = (server.shutdown_grace, server.read_timeout, server.write_timeout);
     let places = Arc::new(Semaphore::new(server.max_connections));
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1().timer(TokioTimer::new()).header_read_timeout(read_timeout);
@@ -257,7 +258,10 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
             },
         };
         let _ = stream.set_nodelay(true);
-        let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service.clone()).into_owned();
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(write_timeout));
+        let stream = TokioIo::new(Box::pin(stream));
+        let connection = http.serve_connection_with_upgrades(stream, service.clone()).into_owned();
         let watched = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(e) = watched.await {

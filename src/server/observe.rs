@@ -87,10 +87,12 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response<Body> 
     }
     let labels = [("route", route.clone()), ("status", status.as_u16().to_string())];
     metrics::counter!("electron_requests_total", &labels).increment(1);
-    let quiet = route.starts_with("/health") || route == "/metrics";
-    let ms = started.elapsed().as_secs_f64() * 1e3;
+    // A turn is logged when it ends; health checks and scrapes are not worth a line.
+    let quiet =
+        route.starts_with("/health") || route == "/metrics" || (status.is_success() && route.contains("/chat/"));
     if !quiet {
-        tracing::info!(parent: &span, status = status.as_u16(), ms, "answered");
+        let ms = started.elapsed().as_millis() as u64;
+        tracing::info!(parent: &span, status = status.as_u16(), ms, route, "answered");
     }
     response
 }
@@ -232,8 +234,8 @@ impl Drop for Watched {
             prompt_tokens,
             cached_tokens,
             completion_tokens,
-            first_ms = self.first.map(|first| first.as_secs_f64() * 1e3),
-            ms = self.started.elapsed().as_secs_f64() * 1e3,
+            first_ms = self.first.map(|first| first.as_millis() as u64),
+            ms = self.started.elapsed().as_millis() as u64,
             reason = told,
             "turn ended"
         );

@@ -84,6 +84,15 @@ struct WarmUp {
     asked_by: Option<(Events, CancellationToken)>,
 }
 
+impl Job {
+    fn prompt(&self) -> &[u32] {
+        match self {
+            Self::Turn(generation, ..) => &generation.prompt,
+            Self::WarmUp(warm_up) => &warm_up.prompt,
+        }
+    }
+}
+
 impl WarmUp {
     fn tell(&self, event: TokenEvent) {
         if let Some((events, _)) = &self.asked_by {
@@ -275,6 +284,7 @@ impl Dispatcher {
                 return;
             };
             let job = self.queue.next().await;
+            self.make_room(job.prompt()).await;
             let dispatcher = self.clone();
             self.state.running.fetch_add(1, Ordering::Relaxed);
             tokio::spawn(async move {
@@ -282,10 +292,16 @@ impl Dispatcher {
                 dispatcher.state.running.fetch_sub(1, Ordering::Relaxed);
                 if let Err(why) = outcome {
                     dispatcher.recover(why).await;
+                } else if dispatcher.slot_count == 1 && dispatcher.over_budget() {
+                    dispatcher.empty().await;
                 }
                 drop(slot);
             });
         }
+    }
+
+    fn over_budget(&self) -> bool {
+        self.state.mirror().bytes() > self.prefix_cache
     }
 
     /// Generates one token; the server is ready when that works.
@@ -335,7 +351,6 @@ impl Dispatcher {
 
     async fn generate(&self, generation: Generation, events: Events, cancel: CancellationToken) -> Result<(), String> {
         let Generation { prompt, sampling, max_tokens, guide } = generation;
-        self.make_room(&prompt).await;
         let cached_tokens = self.state.mirror().lookup(&prompt);
         let _ = events.try_send(Ok(TokenEvent::Started { at: Instant::now(), cached_tokens }));
         let prompt_len = prompt.len();
@@ -376,12 +391,11 @@ impl Dispatcher {
         if warm_up.done == 0 {
             warm_up.tell(TokenEvent::Started { at: Instant::now(), cached_tokens: known });
         }
-        let step = self.warm_up_step;
+        let step = self.step(prompt.len());
         let end = (known + step).min(prompt.len());
         // What remains is too short to be worth a step of its own.
         let end = if prompt.len() - end < step / 4 { prompt.len() } else { end };
         if end > known {
-            self.make_room(&prompt[..end]).await;
             self.prefill(prompt[..end].to_vec()).await?;
         }
         if end < prompt.len() {
@@ -408,35 +422,49 @@ impl Dispatcher {
         self.state.mirror().insert(prompt_len, tokens);
     }
 
-    /// Empties the prefix cache when this prompt would take it over its budget, and queues what live conversations
-    /// lose by that.
+    /// Empties the prefix cache when this prompt would take it over its budget, unless most of the prompt is in it: then
+    /// the budget is exceeded by this one sequence, and [`Dispatcher::run`] puts that right behind it. The caller holds
+    /// one slot.
     async fn make_room(&self, prompt: &[u32]) {
         /// Tokens that an answer is taken to have.
         const ANSWER: usize = 64;
-        let live = {
-            let mut mirror = self.state.mirror();
-            if mirror.bytes() == 0 || mirror.bytes() + mirror.cost(prompt.len() + ANSWER) <= self.prefix_cache {
+        {
+            let mirror = self.state.mirror();
+            let full = mirror.bytes() + mirror.cost(prompt.len() + ANSWER) > self.prefix_cache;
+            if mirror.bytes() == 0 || !full || mirror.covers(prompt) * 2 >= prompt.len() {
                 return;
             }
-            mirror.clear(RESTORED, self.prefix_cache / 2)
-        };
-        // The engine has no call for it, but it empties its cache when a step fails, and a token that no vocabulary has
-        // makes one fail at once. Other sequences of the same step would fail with it, so this is for one slot only.
-        // (Not the largest number: embeddings take that for a place to leave empty.)
-        let unknown = vec![u32::MAX - 1];
-        if self.slot_count == 1 {
-            match self.send(unknown, Arc::new(Sentinel(self.endings.sentinel))).await {
-                Err(Failure::Request(why)) => tracing::debug!(why, restored = live.len(), "prefix cache emptied"),
-                Err(Failure::Engine(why)) => tracing::warn!(why, "the engine died while its prefix cache was emptied"),
-                Ok(()) => tracing::warn!("the prefix cache could not be emptied"),
-            }
-            self.state.flushes.fetch_add(1, Ordering::Relaxed);
         }
+        // Sequences that run in the same step would fail with the one that is made to fail.
+        let Ok(_others) = self.slots.acquire_many(self.slot_count - 1).await else { return };
+        self.empty().await;
+    }
+
+    /// Empties the prefix cache, and queues what live conversations lose by that. Nothing else may run.
+    async fn empty(&self) {
+        let live = self.state.mirror().clear(RESTORED, self.prefix_cache / 2);
+        // The engine has no call for it, but it empties its cache when a step fails, and a token that no vocabulary has
+        // makes one fail at once. (Not the largest number: embeddings take that for a place to leave empty.)
+        let unknown = vec![u32::MAX - 1];
+        match self.send(unknown, Arc::new(Sentinel(self.endings.sentinel))).await {
+            Err(Failure::Request(why)) => tracing::debug!(why, restored = live.len(), "prefix cache emptied"),
+            Err(Failure::Engine(why)) => tracing::warn!(why, "the engine died while its prefix cache was emptied"),
+            Ok(()) => tracing::warn!("the prefix cache could not be emptied"),
+        }
+        self.state.flushes.fetch_add(1, Ordering::Relaxed);
         for tokens in live {
-            if !tokens.starts_with(prompt) && !prompt.starts_with(&tokens) {
+            // In a small cache the steps of a long restoration would soon have to make room again.
+            if self.step(tokens.len()) <= 2 * self.warm_up_step {
                 let _ = self.queue.push(Job::WarmUp(WarmUp { prompt: tokens, done: 0, asked_by: None }));
             }
         }
+    }
+
+    /// Tokens that a warm-up of this length computes at a time. Every step leaves a copy of all before it in the prefix
+    /// cache, so that there may only be as many as fit.
+    fn step(&self, tokens: usize) -> usize {
+        let steps = self.prefix_cache / self.state.mirror().cost(tokens).max(1);
+        self.warm_up_step.max(tokens.div_ceil(usize::try_from(steps).unwrap_or(usize::MAX).max(1)))
     }
 
     /// Hands a prompt to the engine and waits until its sequence has ended.

@@ -238,6 +238,11 @@ impl Vocabulary {
         Ok(Self { tokenizer, env, end_of_turn })
     }
 
+    /// The tokenizer that it was made of.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// The tokens of a text; the names of special tokens in it become those tokens.
     ///
     /// # Errors

@@ -6,9 +6,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider};
-use tracing_subscriber::{
-    EnvFilter, Layer, field::MakeExt, fmt::format, layer::SubscriberExt, util::SubscriberInitExt,
-};
+use tracing_subscriber::{EnvFilter, Layer, fmt::format, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::config::{Log, LogFormat};
 
@@ -45,20 +43,15 @@ pub fn start(log: &Log) -> Result<Telemetry, String> {
             .with_writer(std::io::stderr)
             .with_ansi(std::io::stderr().is_terminal())
             .with_target(false)
-            .fmt_fields(
-                format::debug_fn(|writer, field, value| {
-                    // Of a request's span people need its id; the rest is for traces.
-                    let name = field.name();
-                    match name {
-                        "message" => write!(writer, "{value:?}"),
-                        _ if ["otel.", "http.", "gen_ai."].iter().any(|of_traces| name.starts_with(of_traces)) => {
-                            Ok(())
-                        }
-                        _ => write!(writer, "{name}={value:?}"),
-                    }
-                })
-                .delimited(" "),
-            )
+            .fmt_fields(format::debug_fn(|writer, field, value| {
+                // Of a request's span people need its id; the rest is for traces.
+                let name = field.name();
+                match name {
+                    "message" => write!(writer, "{value:?}"),
+                    _ if ["otel.", "http.", "gen_ai."].iter().any(|of_traces| name.starts_with(of_traces)) => Ok(()),
+                    _ => write!(writer, " {name}={value:?}"),
+                }
+            }))
             .boxed(),
         LogFormat::Json => tracing_subscriber::fmt::layer().json().with_writer(std::io::stderr).boxed(),
     };

@@ -479,10 +479,10 @@ def test_a_wrong_method(client):
 
 
 def test_a_prompt_past_the_context(client):
-    for options in ({"messages": said("word " * 9000)}, {"max_tokens": 1_000_000}):
+    for param, options in (("messages", {"messages": said("word " * 9000)}), ("max_tokens", {"max_tokens": 1_000_000})):
         with pytest.raises(openai.BadRequestError) as caught:
             ask(client, **options)
-        check_error(caught.value, 400, "invalid_request_error", "messages", "context_length_exceeded")
+        check_error(caught.value, 400, "invalid_request_error", param, "context_length_exceeded")
 
 
 def test_a_body_over_the_limit(client):

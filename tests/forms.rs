@@ -1,0 +1,194 @@
+//! Models that write their calls in a form of their own: their templates, their grammar, their parser.
+//!
+//! The engine is a double that says what such a model would say, token by token, and holds itself to the guide as a real
+//! one has to.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{sync::Arc, time::Instant};
+
+use common::{SERVER, VOICE, run};
+use electron_gateway::{
+    electron::Electron,
+    engine::{
+        ChatTemplate, Flow, Gauges, Generation, ModelInfo, Readiness, Token, TokenEngine, TokenEvent, TokenFinish,
+        Tokens, Vocabulary,
+    },
+    error::Error,
+    turn::{FillerPolicy, FinishReason, Message, OutputFormat, Sampling, Tool, ToolCall, ToolChoice, Turn, TurnEvent},
+};
+use futures::StreamExt;
+use serde_json::json;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+struct Scripted {
+    model: Arc<ModelInfo>,
+    says: &'static [&'static str],
+}
+
+impl TokenEngine for Scripted {
+    fn model(&self) -> &Arc<ModelInfo> {
+        &self.model
+    }
+
+    fn generate(&self, mut generation: Generation) -> Result<Tokens, Error> {
+        let (events, receiver) = mpsc::channel(1024);
+        let send = |event| events.try_send(Ok(event)).unwrap();
+        send(TokenEvent::Started { at: Instant::now(), cached_tokens: 0 });
+        let mut end = TokenFinish::EndOfTurn;
+        for id in self.says.iter().flat_map(|piece| self.model.vocabulary.encode(piece).unwrap()) {
+            let shown = String::from_utf8_lossy(self.model.vocabulary.bytes(id)).into_owned();
+            if let Some(mask) = generation.guide.allowed().unwrap() {
+                assert!(mask.is_allowed(id), "the grammar does not allow {shown:?}");
+            }
+            assert!(!generation.guide.vetoes(id), "the guide vetoes {shown:?}");
+            send(TokenEvent::Token(Token { id, at: Instant::now(), logprob: None }));
+            if generation.guide.commit(id).unwrap() == Flow::Stop {
+                end = TokenFinish::Guide;
+                break;
+            }
+        }
+        send(TokenEvent::Finished(end));
+        Ok(Tokens::new(receiver, CancellationToken::new()))
+    }
+
+    fn warm(&self, _prompt: Vec<u32>) -> Result<Tokens, Error> {
+        Err(Error::NotFound("not needed".into()))
+    }
+
+    fn readiness(&self) -> Readiness {
+        Readiness::Ready
+    }
+
+    fn gauges(&self) -> Gauges {
+        Gauges::default()
+    }
+}
+
+/// A model with this template that says these words.
+fn electron(template: &str, says: &'static [&'static str]) -> Arc<Electron> {
+    let real = SERVER.electron.model();
+    let end = real.vocabulary.end_of_turn().to_vec();
+    let model = ModelInfo {
+        source: "scripted".into(),
+        architecture: "scripted".into(),
+        context: 2048,
+        chat_template: ChatTemplate { source: template.into(), ..ChatTemplate::default() },
+        vocabulary: Vocabulary::new(real.vocabulary.tokenizer().clone(), None, end).unwrap(),
+    };
+    Arc::new(Electron::new(Arc::new(Scripted { model: Arc::new(model), says })).unwrap())
+}
+
+fn turn(filler: FillerPolicy) -> Turn {
+    let parameters = json!({"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]});
+    let call = ToolCall { id: "c1".into(), name: "find".into(), arguments: "{\"id\": \"7\"}".into() };
+    Turn {
+        messages: vec![
+            Message::System(VOICE.into()),
+            Message::User("Where is order 7?".into()),
+            Message::Assistant { content: None, tool_calls: vec![call] },
+            Message::Tool { call_id: "c1".into(), content: "on its way".into() },
+            Message::User("And order 8 and 9?".into()),
+        ],
+        tools: [Tool { name: "find".into(), description: None, parameters }].into(),
+        tool_choice: ToolChoice::Auto,
+        parallel_tool_calls: true,
+        sampling: Sampling::default(),
+        format: OutputFormat::Text,
+        filler,
+    }
+}
+
+const LLAMA3: &str = "{% if tools %}<|python_tag|> {% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}\
+    {% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{% for c in m.tool_calls %}{\"name\": \"{{ c.function.name }}\", \
+    \"parameters\": {{ c.function.arguments | tojson }}}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+const MISTRAL: &str = "[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% for m in messages %}{% if m.tool_calls %}\
+    [TOOL_CALLS][{% for c in m.tool_calls %}{\"name\": \"{{ c.function.name }}\", \"arguments\": \
+    {{ c.function.arguments | tojson }}}{% endfor %}]{% else %}{{ m.content }}{% endif %}{% endfor %}";
+const HERMES: &str = "{% for m in messages %}{{ m.content }}{% endfor %}";
+
+/// Text, the calls with their arguments, and why the turn ended.
+async fn events(electron: &Arc<Electron>, turn: Turn) -> (String, Vec<(String, String)>, FinishReason) {
+    let mut stream = electron.turn(turn).await.unwrap();
+    let (mut text, mut calls) = (String::new(), Vec::<(String, String)>::new());
+    loop {
+        match stream.next().await.unwrap().unwrap() {
+            TurnEvent::Text { delta, .. } => {
+                assert!(calls.is_empty(), "text came behind a call");
+                text.push_str(&delta);
+            }
+            TurnEvent::CallBegun { name, .. } => calls.push((name, String::new())),
+            TurnEvent::Arguments { index, delta } => calls[index].1.push_str(&delta),
+            TurnEvent::CallEnded { .. } => {}
+            TurnEvent::Finished { reason, .. } => return (text, calls, reason),
+        }
+    }
+}
+
+#[test]
+fn each_form_is_read_as_its_model_writes_it() {
+    run(async {
+        let find = |id: &str| ("find".to_owned(), format!("{{\"id\": \"{id}\"}}"));
+        for (template, says) in [
+            (
+                LLAMA3,
+                &[
+                    "{\"name\": \"",
+                    "find\", \"parameters\": {\"id\": \"8\"}}; {\"name\": \"find\", \"parameters\": {\"id\": \"9\"}}",
+                ][..],
+            ),
+            (
+                MISTRAL,
+                &[
+                    "[TOOL_CALLS]",
+                    "[{\"name\": \"find\", \"arguments\": {\"id\": \"8\"}}, {\"name\": \"find\", \"arguments\": {\"id\": \"9\"}}]",
+                ],
+            ),
+            (
+                HERMES,
+                &[
+                    "<tool_call>",
+                    "\n{\"name\": \"find\", \"arguments\": {\"id\": \"8\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"find\", \"arguments\": {\"id\": \"9\"}}\n</tool_call>",
+                ],
+            ),
+        ] {
+            let electron = electron(template, says);
+            let (text, calls, reason) = events(&electron, turn(FillerPolicy::Auto)).await;
+            assert!(!text.is_empty(), "the book spoke first");
+            assert_eq!(calls, [find("8"), find("9")], "{template}");
+            assert_eq!(reason, FinishReason::ToolCalls);
+            let (text, ..) = events(&electron, turn(FillerPolicy::Never)).await;
+            assert_eq!(text, "");
+        }
+    });
+}
+
+#[test]
+fn a_model_that_speaks_for_itself_is_not_spoken_over() {
+    run(async {
+        let says =
+            &["I will look.\n", "<tool_call>", "\n{\"name\": \"find\", \"arguments\": {\"id\": \"8\"}}\n</tool_call>"];
+        let (text, calls, _) = events(&electron(HERMES, says), turn(FillerPolicy::Auto)).await;
+        assert_eq!((text.as_str(), calls.len()), ("I will look.", 1));
+    });
+}
+
+#[test]
+fn templates_with_tools_get_them_and_others_get_a_section() {
+    let rendered = |template| electron(template, &[]).render(&turn(FillerPolicy::Auto)).unwrap();
+    let llama = rendered(LLAMA3);
+    assert!(
+        llama.contains("\"type\": \"function\"")
+            && llama.contains("{\"name\": \"find\", \"parameters\": {\"id\": \"7\"}}")
+    );
+    assert!(llama.contains("[tool]on its way"));
+    assert!(rendered(MISTRAL).contains("[TOOL_CALLS][{\"name\": \"find\", \"arguments\": {\"id\": \"7\"}}]"));
+    let plain = rendered(HERMES);
+    assert!(
+        plain.contains("<tools>")
+            && plain.contains("<tool_call>\n{\"name\": \"find\", \"arguments\": {\"id\": \"7\"}}\n</tool_call>")
+    );
+    assert!(plain.contains("<tool_response>\non its way\n</tool_response>"));
+}

@@ -176,7 +176,7 @@ impl Default for Model {
             slots: 1,
             queue: 64,
             prefix_cache: ByteSize::gib(2),
-            warm_up_step: 128,
+            warm_up_step: 64,
         }
     }
 }

@@ -74,8 +74,9 @@ pub fn run(cli: Cli) -> Result<(), String> {
         Command::Key(command) => key::run(&command),
         Command::Check(settings) => check::run(&settings),
     };
-    // A model that is being loaded or computed must not hold up the exit.
-    runtime.shutdown_background();
+    // The exit ends everything. Were the tasks dropped before it, the engine's thread would find nobody to answer to, and
+    // a model that is being loaded would hold the exit up.
+    std::mem::forget(runtime);
     done
 }
 

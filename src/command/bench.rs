@@ -16,7 +16,11 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Settings, client::Target, model};
+use super::{
+    Settings,
+    client::{Remote, Target},
+    model,
+};
 use crate::{
     server::{self, App, telemetry},
     turn::{TurnEvent, Usage},
@@ -27,12 +31,8 @@ use crate::{
 pub(super) struct Options {
     #[command(flatten)]
     settings: Settings,
-    /// A running server. Without it the model is loaded into this process.
-    #[arg(long, value_name = "URL")]
-    url: Option<String>,
-    /// The server's key.
-    #[arg(long, value_name = "KEY", env = "ELECTRON_API_KEY", default_value = "", hide_env_values = true)]
-    key: String,
+    #[command(flatten)]
+    server: Remote,
     /// With the model in this process: measure the engine, a server in front of it, or both in turn.
     #[arg(long, value_enum, default_value_t = Through::Both)]
     through: Through,
@@ -113,8 +113,8 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
     let _telemetry = telemetry::start(&config.log)?;
     let mut targets = Vec::new();
     let stop = CancellationToken::new();
-    match &options.url {
-        Some(url) => targets.push(("server", Target::server(url, &options.key)?)),
+    match &options.server.url {
+        Some(url) => targets.push(("server", Target::server(url, &options.server.key)?)),
         None => {
             eprintln!("Loading {} …", config.model.source);
             let electron = Arc::new(model::load(&config.model).await?);

@@ -11,7 +11,11 @@ use clap::Args;
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use super::{Settings, client::Target, model};
+use super::{
+    Settings,
+    client::{Remote, Target},
+    model,
+};
 use crate::{server::telemetry, turn::TurnEvent};
 
 /// Options of `chat`.
@@ -19,12 +23,8 @@ use crate::{server::telemetry, turn::TurnEvent};
 pub(super) struct Options {
     #[command(flatten)]
     settings: Settings,
-    /// A running server, such as http://127.0.0.1:8080. Without it the model is loaded into this process.
-    #[arg(long, value_name = "URL")]
-    url: Option<String>,
-    /// The server's key.
-    #[arg(long, value_name = "KEY", env = "ELECTRON_API_KEY", default_value = "", hide_env_values = true)]
-    key: String,
+    #[command(flatten)]
+    server: Remote,
     /// The system prompt. The default is that of a phone agent, which turns the filler on.
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -48,8 +48,8 @@ const AGENT: &str = "You are a friendly phone agent. Answer in one or two short 
 pub(super) async fn run(options: Options) -> Result<(), String> {
     let mut config = options.settings.load()?;
     let tools = options.tools.as_ref().map(|path| read_tools(path)).transpose()?;
-    let target = match &options.url {
-        Some(url) => Target::server(url, &options.key)?,
+    let target = match &options.server.url {
+        Some(url) => Target::server(url, &options.server.key)?,
         None => {
             config.log.level = "warn".into();
             let _telemetry = telemetry::start(&config.log)?;

@@ -2,6 +2,7 @@
 
 use std::{pin::Pin, sync::Arc};
 
+use clap::Args;
 use futures::{Stream, StreamExt, stream};
 use serde_json::Value;
 
@@ -10,6 +11,17 @@ use crate::{
     electron::Electron,
     turn::{FillerPolicy, FinishReason, TurnEvent, Usage},
 };
+
+/// The server to use, if it is to be one.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Remote {
+    /// A running server, such as http://127.0.0.1:8080. Without it the model is loaded into this process.
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// The server's key.
+    #[arg(long, value_name = "KEY", env = "ELECTRON_API_KEY", default_value = "", hide_env_values = true)]
+    pub key: String,
+}
 
 /// What answers.
 #[derive(Clone)]

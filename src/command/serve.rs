@@ -91,15 +91,17 @@ fn announce(config: &Config, address: std::net::SocketAddr, key: Option<&str>) {
     let shown = key.unwrap_or("$ELECTRON_API_KEY");
     let name = &config.model.name;
     let own = match key {
-        Some(key) => format!("The key of this run is {key}; for keys that last: electron-gateway key create NAME\n"),
+        Some(key) => format!("The key of this run is {key}; for keys that last, use the command `key create`\n"),
         None => String::new(),
     };
+    // However the program was called, it can be called again.
+    let program = std::env::args().next().unwrap_or_else(|| "electron-gateway".into());
     let text = format!(
         "\nServing {name} ({}) on http://{address}\n{own}\nTry it:\n\n  \
          curl http://{address}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\\n    \
          -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Say hello.\"}}],\"max_tokens\":40}}'\n\n  \
-         electron-gateway chat --url http://{address} --key {shown}\n\n",
+         {program} chat --url http://{address} --key {shown}\n\n",
         config.model.source
     );
     let _ = std::io::stdout().write_all(text.as_bytes());

@@ -95,11 +95,6 @@ impl Parser {
         self.state = State::Done;
     }
 
-    /// Whether spoken text is held back.
-    pub fn holds_text(&self) -> bool {
-        self.state == State::Text && !self.held.is_empty()
-    }
-
     fn say(&mut self, text: String, out: &mut Vec<Parsed>) {
         if !text.is_empty() {
             self.spoken = true;

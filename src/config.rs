@@ -22,6 +22,8 @@ pub struct Config {
     pub model: Model,
     /// How the model speaks and calls.
     pub electron: Electron,
+    /// How long conversations live and how large they may get.
+    pub session: Session,
     /// What is logged.
     pub log: Log,
     /// Keys that may use the server. Without any, the server listens on loopback only and makes one key at each start.
@@ -102,6 +104,38 @@ pub struct Electron {
     pub filler: FillerPolicy,
 }
 
+/// How long conversations live and how large they may get.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Session {
+    /// How long a session outlives its connection.
+    #[serde(with = "humantime_serde")]
+    pub resume_window: Duration,
+    /// How long a WebSocket may stay without a message from its client; 0 is no limit.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Pause between pings. A connection that is silent for two of them is given up; 0 sends none.
+    #[serde(with = "humantime_serde")]
+    pub ping_interval: Duration,
+    /// Largest WebSocket message that is read.
+    pub max_message: ByteSize,
+    /// Most sessions at once.
+    pub max_sessions: usize,
+    /// Most conversations at once on one WebSocket, told apart by `stream_id`.
+    pub max_lanes: usize,
+    /// Most items, and changes of items, in a conversation.
+    pub max_records: usize,
+    /// Most text in a conversation.
+    pub max_history: ByteSize,
+    /// Events that are kept for a client that comes back.
+    pub replay_events: usize,
+    /// Most responses that are kept to be continued; the oldest makes room.
+    pub max_stored: usize,
+    /// How long a response with `store: true` is kept.
+    #[serde(with = "humantime_serde")]
+    pub store_for: Duration,
+}
+
 /// What is logged.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -161,7 +195,7 @@ impl Default for Server {
             write_timeout: Duration::from_secs(30),
             shutdown_grace: Duration::from_secs(30),
             cors_origins: Vec::new(),
-            max_connections: 10_000,
+            max_connections: 20_000,
         }
     }
 }
@@ -177,6 +211,24 @@ impl Default for Model {
             queue: 64,
             prefix_cache: ByteSize::gib(2),
             warm_up_step: 64,
+        }
+    }
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self {
+            resume_window: Duration::from_secs(300),
+            idle_timeout: Duration::ZERO,
+            ping_interval: Duration::from_secs(30),
+            max_message: ByteSize::kib(256),
+            max_sessions: 20_000,
+            max_lanes: 64,
+            max_records: 10_000,
+            max_history: ByteSize::mib(4),
+            replay_events: 1_000,
+            max_stored: 100_000,
+            store_for: Duration::from_secs(30 * 86_400),
         }
     }
 }
@@ -276,6 +328,33 @@ impl Config {
         }
         if !(16..=4096).contains(&model.warm_up_step) {
             refuse("model.warm_up_step", &model.warm_up_step, "16 to 4096 tokens");
+        }
+        let session = &self.session;
+        for (name, value, longest) in [
+            ("session.resume_window", session.resume_window, 86_400),
+            ("session.store_for", session.store_for, 366 * 86_400),
+        ] {
+            if value.is_zero() || value > Duration::from_secs(longest) {
+                let allowed = format!("more than 0 up to {} days", longest / 86_400);
+                refuse(name, &humantime_serde::re::humantime::format_duration(value), &allowed);
+            }
+        }
+        if !within(session.max_message, ByteSize::kib(1), ByteSize::mib(64)) {
+            refuse("session.max_message", &session.max_message, "1 KiB to 64 MiB");
+        }
+        if !within(session.max_history, ByteSize::kib(1), ByteSize::gib(1)) {
+            refuse("session.max_history", &session.max_history, "1 KiB to 1 GiB");
+        }
+        for (name, value, most) in [
+            ("session.max_sessions", session.max_sessions, 10_000_000),
+            ("session.max_lanes", session.max_lanes, 100_000),
+            ("session.max_records", session.max_records, 10_000_000),
+            ("session.replay_events", session.replay_events, 1_000_000),
+            ("session.max_stored", session.max_stored, 100_000_000),
+        ] {
+            if !(1..=most).contains(&value) {
+                refuse(name, &value, &format!("1 to {most}"));
+            }
         }
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
             refuse("log.level", &self.log.level, "error, warn, info, debug, trace, or filters such as info,hyper=warn");

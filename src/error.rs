@@ -39,6 +39,20 @@ pub enum Error {
     /// The route exists, the method does not.
     #[error("{0}")]
     MethodNotAllowed(String),
+    /// It does not fit what is going on at the moment.
+    #[error("{message}")]
+    Conflict {
+        /// A name for programs to branch on.
+        code: &'static str,
+        /// What is going on, and what to do.
+        message: String,
+    },
+    /// The response to continue is not kept, or not the caller's.
+    #[error("Previous response with id '{0}' not found. Send the whole conversation without it.")]
+    PreviousResponseNotFound(String),
+    /// The route is a WebSocket, and the request none.
+    #[error("{0}")]
+    UpgradeRequired(String),
     /// The body is larger than the server reads.
     #[error("The request body is larger than the limit of {limit} bytes.")]
     BodyTooLarge {
@@ -98,15 +112,32 @@ impl Error {
         Self::Invalid(vec![Fault::new([field.into()], message)])
     }
 
+    /// The same error in a part of a larger request: the paths of its faults begin with these steps.
+    #[must_use]
+    pub fn under(mut self, path: &[PathPart]) -> Self {
+        if let Self::Invalid(faults) = &mut self {
+            for fault in faults {
+                fault.path.splice(0..0, path.iter().cloned());
+            }
+        }
+        self
+    }
+
     /// The HTTP status.
     pub fn status(&self) -> u16 {
         match self {
-            Self::Invalid(_) | Self::ContextLength { .. } | Self::ModelNotFound(_) => 400,
+            // Not 409 for a conflict: SDKs take that as a reason to try the same again.
+            Self::Invalid(_)
+            | Self::Conflict { .. }
+            | Self::ContextLength { .. }
+            | Self::ModelNotFound(_)
+            | Self::PreviousResponseNotFound(_) => 400,
             Self::Unauthenticated(_) => 401,
             Self::Forbidden(_) => 403,
             Self::NotFound(_) => 404,
             Self::MethodNotAllowed(_) => 405,
             Self::BodyTooLarge { .. } => 413,
+            Self::UpgradeRequired(_) => 426,
             Self::RateLimited { .. } => 429,
             Self::Internal(_) => 500,
             Self::EngineFailed(_) => 502,
@@ -131,6 +162,8 @@ impl Error {
         match self {
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::ModelNotFound(_) => Some("model_not_found"),
+            Self::PreviousResponseNotFound(_) => Some("previous_response_not_found"),
+            Self::Conflict { code, .. } => Some(code),
             Self::Unauthenticated(_) => Some("invalid_api_key"),
             _ => None,
         }
@@ -142,6 +175,7 @@ impl Error {
             Self::Invalid(faults) => faults.first().map(Fault::dotted).filter(|p| !p.is_empty()),
             Self::ContextLength { asked, .. } => Some(if asked.is_some() { "max_tokens" } else { "messages" }.into()),
             Self::ModelNotFound(_) => Some("model".into()),
+            Self::PreviousResponseNotFound(_) => Some("previous_response_id".into()),
             _ => None,
         }
     }

@@ -10,4 +10,5 @@ pub mod electron;
 pub mod engine;
 pub mod error;
 pub mod server;
+pub mod session;
 pub mod turn;

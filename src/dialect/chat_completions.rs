@@ -64,7 +64,7 @@ pub fn parse(body: &[u8], filler: FillerPolicy) -> Result<Request, Error> {
         .map_err(|e| Error::Invalid(vec![crate::error::Fault::new([], format!("The body is not valid JSON: {e}"))]))?;
     let mut faults = Faults::default();
     let Some(fields) = Fields::of(&body, Vec::new(), &mut faults) else {
-        return faults.or(()).and(Err(Error::Internal("a fault was lost".into())));
+        return Err(faults.into_error());
     };
     let faults_ref = &mut faults;
     let model = fields.required_text("model", faults_ref).unwrap_or_default().to_owned();
@@ -234,23 +234,9 @@ fn tools(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Tool> {
         let Some(function) = Fields::of(function, tool.at("function"), faults) else {
             continue;
         };
-        let Some(name) = function.required_text("name", faults) else {
-            continue;
-        };
-        let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-        if name.is_empty() || name.len() > 64 || !name.chars().all(valid) {
-            faults.add(function.at("name"), "name has to be 1 to 64 letters, digits, underscores, dashes or dots");
+        if let Some(tool) = super::tool(&function, &tools, faults) {
+            tools.push(tool);
         }
-        if tools.iter().any(|tool| tool.name == name) {
-            faults.add(function.at("name"), format!("name `{name}` is used by two tools"));
-        }
-        let parameters = function.get("parameters").cloned().unwrap_or_else(|| Value::Object(Default::default()));
-        if !parameters.is_object() {
-            let what = kind(&parameters);
-            faults.add(function.at("parameters"), format!("parameters has to be a JSON schema, an object, not {what}"));
-        }
-        let description = function.text("description", faults).map(str::to_owned);
-        tools.push(Tool { name: name.to_owned(), description, parameters });
     }
     tools
 }

@@ -31,6 +31,11 @@ impl Faults {
         self.0.is_empty()
     }
 
+    /// The error that tells them.
+    pub(super) fn into_error(self) -> Error {
+        Error::Invalid(self.0)
+    }
+
     /// The value, if no fault was found.
     pub(super) fn or<T>(self, value: T) -> Result<T, Error> {
         if self.0.is_empty() { Ok(value) } else { Err(Error::Invalid(self.0)) }
@@ -54,6 +59,25 @@ impl<'a> Fields<'a> {
     /// A field's path.
     pub(super) fn at(&self, name: &'static str) -> Vec<PathPart> {
         self.path.iter().cloned().chain([name.into()]).collect()
+    }
+
+    /// A field's path, for a name that the client made up.
+    pub(super) fn at_any(&self, name: &str) -> Vec<PathPart> {
+        self.path.iter().cloned().chain([name.to_owned().into()]).collect()
+    }
+
+    /// The names of all fields that are there and not null.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name.as_str())
+    }
+
+    /// Whether a field says nothing: an empty list or object.
+    pub(super) fn is_empty(&self, name: &str) -> bool {
+        match self.map.get(name) {
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Object(map)) => map.is_empty(),
+            _ => false,
+        }
     }
 
     /// A field that is there and not null.

@@ -2,3 +2,60 @@
 
 pub mod chat_completions;
 mod fields;
+mod items;
+pub mod realtime;
+pub mod responses;
+pub mod sessions;
+pub mod socket;
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use self::fields::{Faults, Fields, kind};
+use crate::{
+    electron::Electron,
+    error::Error,
+    session::{Owner, Watch},
+    turn::Tool,
+};
+
+/// What a connection may do, asked each time. The server knows the answers.
+pub trait Access: Send + Sync + 'static {
+    /// Whose sessions and responses it sees.
+    fn owner(&self) -> &Owner;
+
+    /// The model of this name.
+    ///
+    /// # Errors
+    /// [`Error::ModelNotFound`], [`Error::Forbidden`] for this key, [`Error::Overloaded`] while it is being loaded.
+    fn model(&self, name: &str) -> Result<Arc<Electron>, Error>;
+
+    /// Counts a turn against the limits of the key, and gives what watches over it.
+    ///
+    /// # Errors
+    /// [`Error::RateLimited`].
+    fn admit(&self, model: &str) -> Result<Watch, Error>;
+
+    /// The id under which the log knows the connection.
+    fn request_id(&self) -> &str;
+}
+
+/// A tool's name, description and parameters, read from the object that holds them.
+fn tool(fields: &Fields<'_>, others: &[Tool], faults: &mut Faults) -> Option<Tool> {
+    let name = fields.required_text("name", faults)?;
+    let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if name.is_empty() || name.len() > 64 || !name.chars().all(valid) {
+        faults.add(fields.at("name"), "name has to be 1 to 64 letters, digits, underscores, dashes or dots");
+    }
+    if others.iter().any(|tool| tool.name == name) {
+        faults.add(fields.at("name"), format!("name `{name}` is used by two tools"));
+    }
+    let parameters = fields.get("parameters").cloned().unwrap_or_else(|| Value::Object(Default::default()));
+    if !parameters.is_object() {
+        let what = kind(&parameters);
+        faults.add(fields.at("parameters"), format!("parameters has to be a JSON schema, an object, not {what}"));
+    }
+    let description = fields.text("description", faults).map(str::to_owned);
+    Some(Tool { name: name.to_owned(), description, parameters })
+}

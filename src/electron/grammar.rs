@@ -128,6 +128,15 @@ impl Grammars {
         Ok(Plan { guide, opening })
     }
 
+    /// Checks that every tool's schema can be used.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the first tool whose schema cannot be.
+    pub fn check_tools(&self, tools: &[Tool]) -> Result<(), Error> {
+        let check = |(at, tool): (usize, &Tool)| self.check(&tool.parameters).map_err(|why| unusable(at, tool, &why));
+        tools.iter().enumerate().try_for_each(check)
+    }
+
     /// What may follow the opening of a call.
     fn calls(&self, turn: &Turn) -> Result<Matcher, Error> {
         let chosen = chosen(turn);

@@ -30,7 +30,8 @@ use crate::{
     engine::{Generation, ModelInfo, Readiness, TokenEngine, TokenEvent, TokenFinish, Tokens},
     error::Error,
     turn::{
-        FillerPolicy, FinishReason, Message, OutputFormat, Progress, TokenLogprob, Turn, TurnEvent, TurnStream, Usage,
+        FillerPolicy, FinishReason, Message, OutputFormat, Progress, TokenLogprob, Tool, Turn, TurnEvent, TurnStream,
+        Usage,
     },
 };
 
@@ -96,6 +97,52 @@ impl Electron {
         progress.set(reader.usage);
         let events = stream::unfold(reader, |mut reader| async move { Some((reader.next().await?, reader)) });
         Ok(TurnStream::new(events, progress))
+    }
+
+    /// Computes what a later turn will begin with while the model has nothing better to do. The turn's last message is
+    /// taken as one that will go on: it may be empty. Dropping the future stops the work.
+    ///
+    /// Gives the tokens that are in the prefix cache then, and how many of them were before.
+    ///
+    /// # Errors
+    /// As [`Electron::turn`].
+    pub async fn warm(self: &Arc<Self>, turn: Turn) -> Result<Usage, Error> {
+        let electron = self.clone();
+        let prepare = move || {
+            let rendered = electron.template.render_open(turn.messages, &turn.tools)?;
+            let prompt = electron.template.tokenize(&rendered)?;
+            let context = electron.model().context;
+            if prompt.len() >= context {
+                return Err(Error::ContextLength { context, prompt: prompt.len(), asked: None });
+            }
+            Ok(prompt)
+        };
+        let prompt: Vec<u32> =
+            tokio::task::spawn_blocking(prepare).await.map_err(|e| Error::Internal(e.to_string()))??;
+        let mut usage = Usage { prompt_tokens: prompt.len(), ..Usage::default() };
+        if prompt.is_empty() {
+            return Ok(usage);
+        }
+        let mut tokens = self.engine.warm(prompt)?;
+        while let Some(event) = tokens.next().await {
+            match event? {
+                TokenEvent::Started { cached_tokens, .. } => usage.cached_tokens = cached_tokens,
+                TokenEvent::Token(_) => {}
+                TokenEvent::Finished(_) => break,
+            }
+        }
+        Ok(usage)
+    }
+
+    /// Checks tools before a turn needs them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the tool whose schema cannot be used.
+    pub async fn check_tools(self: &Arc<Self>, tools: Arc<[Tool]>) -> Result<(), Error> {
+        let electron = self.clone();
+        tokio::task::spawn_blocking(move || electron.grammars.check_tools(&tools))
+            .await
+            .map_err(|e| Error::Internal(e.to_string()))?
     }
 
     /// The prompt of a turn as text.

@@ -18,6 +18,9 @@ use crate::{
 /// not become that token. A character that no model has seen.
 const CUT: char = '\u{F8F0}';
 
+/// Marks where a text that is not complete yet would go on. A character that no model has seen either.
+const OPEN: char = '\u{F8F1}';
+
 /// A model's chat template, ready to render.
 pub struct Template {
     model: Arc<ModelInfo>,
@@ -92,6 +95,23 @@ impl Template {
             let why = e.detail().unwrap_or("the model's chat template refuses this conversation").to_owned();
             Error::Invalid(vec![Fault::new(["messages".into()], why)])
         })
+    }
+
+    /// The text that any continuation of the last message begins with, the model's answer not included: what can be
+    /// computed before the message is complete.
+    ///
+    /// # Errors
+    /// As [`Template::render`]; also when the template drops the last message.
+    pub fn render_open(&self, mut messages: Vec<Message>, tools: &[Tool]) -> Result<String, Error> {
+        match messages.last_mut() {
+            Some(Message::System(text) | Message::User(text) | Message::Tool { content: text, .. }) => text.push(OPEN),
+            Some(Message::Assistant { content, .. }) => content.get_or_insert_default().push(OPEN),
+            None => return Err(Error::Internal("an open conversation has no message".into())),
+        }
+        let mut rendered = self.render(&messages, tools)?;
+        let end = rendered.rfind(OPEN).ok_or_else(|| Error::invalid("input", "the model's template drops it"))?;
+        rendered.truncate(end);
+        Ok(rendered)
     }
 
     /// The tokens of a rendered text.

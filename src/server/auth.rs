@@ -14,26 +14,47 @@ use std::{
 use axum::{
     body::Body,
     extract::{Request, State},
-    http::{Response, header},
+    http::{HeaderMap, Response, header},
     middleware::Next,
 };
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use dashmap::DashMap;
 use rand::{TryRngCore, rngs::OsRng};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use super::App;
-use crate::{config, error::Error};
+use crate::{
+    config,
+    error::Error,
+    session::{Owner, Settings},
+};
 
 /// All keys.
 pub(super) struct Auth {
     keys: Vec<Arc<Account>>,
+    /// Short-lived keys that browsers use, by their hash.
+    secrets: DashMap<[u8; 32], Secret>,
 }
+
+/// A short-lived key that opens realtime sessions with these settings.
+struct Secret {
+    account: Arc<Account>,
+    settings: Arc<Settings>,
+    until: Instant,
+}
+
+/// Most short-lived keys at once.
+const MOST_SECRETS: usize = 10_000;
+/// With this in front a browser gives its key as a WebSocket subprotocol, since it can set no header.
+const KEY_PROTOCOL: &str = "openai-insecure-api-key.";
 
 /// A key and what is used of its limits.
 #[derive(Debug)]
 struct Account {
     name: String,
+    /// Of the hash, so that it is the same after a restart and another for every key.
+    owner: Owner,
     hash: [u8; 32],
     models: Vec<String>,
     requests_per_minute: u32,
@@ -51,7 +72,11 @@ struct Bucket {
 
 /// Who makes this request.
 #[derive(Clone, Debug)]
-pub(super) struct Caller(Arc<Account>);
+pub(super) struct Caller {
+    account: Arc<Account>,
+    /// Of a short-lived key, the settings of the sessions that it opens.
+    secret: Option<Arc<Settings>>,
+}
 
 /// A running request of a key; dropping it makes room for another.
 pub(super) struct Permit(Arc<Account>);
@@ -78,28 +103,41 @@ pub(super) async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Result<Response<Body>, Error> {
-    let header = request.headers().get(header::AUTHORIZATION);
-    let header = header.ok_or(Error::Unauthenticated(
-        "You didn't provide an API key. Send it in a header: Authorization: Bearer KEY.",
-    ))?;
-    let key = header.to_str().ok().and_then(|value| {
-        let (scheme, key) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
-    });
-    let key = key.ok_or(Error::Unauthenticated("The Authorization header has to read: Bearer KEY."))?;
-    let caller = app.auth.find(key).ok_or(Error::Unauthenticated("Incorrect API key provided."))?;
-    tracing::Span::current().record("key", caller.0.name.as_str());
+    let key = given_key(request.headers())?;
+    let caller = app.auth.find(&key).ok_or(Error::Unauthenticated("Incorrect API key provided."))?;
+    if caller.secret.is_some() && request.uri().path() != "/v1/realtime" {
+        return Err(Error::Forbidden("A client secret opens realtime sessions and nothing else.".into()));
+    }
+    tracing::Span::current().record("key", caller.account.name.as_str());
     request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
+}
+
+/// The key in a request's headers.
+fn given_key(headers: &HeaderMap) -> Result<String, Error> {
+    if let Some(header) = headers.get(header::AUTHORIZATION) {
+        let key = header.to_str().ok().and_then(|value| {
+            let (scheme, key) = value.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
+        });
+        return key
+            .map(str::to_owned)
+            .ok_or(Error::Unauthenticated("The Authorization header has to read: Bearer KEY."));
+    }
+    let protocols = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
+    let key = protocols.flat_map(|list| list.split(',')).find_map(|name| name.trim().strip_prefix(KEY_PROTOCOL));
+    key.map(str::to_owned)
+        .ok_or(Error::Unauthenticated("You didn't provide an API key. Send it in a header: Authorization: Bearer KEY."))
 }
 
 // === impl Auth ===
 
 impl Auth {
     pub(super) fn new(keys: &[config::Key], extra: Option<&str>) -> Self {
-        let account = |key: &config::Key, hash| {
+        let account = |key: &config::Key, hash: [u8; 32]| {
             Arc::new(Account {
                 name: key.name.clone(),
+                owner: BASE64_URL_SAFE_NO_PAD.encode(&hash[..16]).into(),
                 hash,
                 models: key.models.clone(),
                 requests_per_minute: key.requests_per_minute,
@@ -113,7 +151,7 @@ impl Auth {
             let unnamed = config::Key { name: "startup".into(), ..config::Key::default() };
             account(&unnamed, Sha256::digest(key).into())
         });
-        Self { keys: configured.chain(extra).collect() }
+        Self { keys: configured.chain(extra).collect(), secrets: DashMap::new() }
     }
 
     /// The account of a key. Every key is looked at, so that the time taken says nothing.
@@ -123,7 +161,31 @@ impl Auth {
         for (i, account) in self.keys.iter().enumerate() {
             found.conditional_assign(&(i as u32), account.hash.ct_eq(&hash));
         }
-        self.keys.get(found as usize).cloned().map(Caller)
+        if let Some(account) = self.keys.get(found as usize) {
+            return Some(Caller { account: account.clone(), secret: None });
+        }
+        // Looked up by hash: what the time taken tells is no part of the key.
+        let secret = self.secrets.get(&hash).filter(|secret| secret.until > Instant::now())?;
+        Some(Caller { account: secret.account.clone(), secret: Some(secret.settings.clone()) })
+    }
+
+    /// A key that opens realtime sessions with these settings for so many seconds.
+    pub(super) fn new_secret(&self, caller: &Caller, settings: Settings, seconds: u64) -> Result<String, Error> {
+        let now = Instant::now();
+        if self.secrets.len() >= MOST_SECRETS {
+            self.secrets.retain(|_, secret| secret.until > now);
+        }
+        if self.secrets.len() >= MOST_SECRETS {
+            return Err(Error::RateLimited {
+                message: "Too many client secrets are in use. Wait until some have expired.",
+                retry_after: Duration::from_secs(10),
+            });
+        }
+        let key = new_key().map_err(Error::Internal)?.replacen("egw_", "ek_", 1);
+        let until = now + Duration::from_secs(seconds);
+        let secret = Secret { account: caller.account.clone(), settings: Arc::new(settings), until };
+        self.secrets.insert(Sha256::digest(&key).into(), secret);
+        Ok(key)
     }
 }
 
@@ -138,9 +200,19 @@ fn unhex(text: &str) -> Option<[u8; 32]> {
 // === impl Caller ===
 
 impl Caller {
+    /// What its sessions are known by.
+    pub(super) fn owner(&self) -> Owner {
+        self.account.owner.clone()
+    }
+
+    /// Of a short-lived key, the settings of the sessions that it opens.
+    pub(super) fn secret(&self) -> Option<&Settings> {
+        self.secret.as_deref()
+    }
+
     /// Whether this key may use a model.
     pub(super) fn check_model(&self, model: &str) -> Result<(), Error> {
-        if self.0.models.is_empty() || self.0.models.iter().any(|allowed| allowed == model) {
+        if self.account.models.is_empty() || self.account.models.iter().any(|allowed| allowed == model) {
             Ok(())
         } else {
             Err(Error::Forbidden(format!("This key may not use the model `{model}`.")))
@@ -153,7 +225,7 @@ impl Caller {
     }
 
     fn admit_at(&self, now: Instant) -> Result<Permit, Error> {
-        let account = &self.0;
+        let account = &self.account;
         let running = account.running.fetch_add(1, Ordering::AcqRel) + 1;
         let permit = Permit(account.clone());
         if account.concurrency > 0 && running > account.concurrency {

@@ -1,8 +1,10 @@
 //! The HTTP server: routes, middleware, connections, shutdown.
 
+mod access;
 mod auth;
 mod health;
 mod observe;
+mod sessions;
 pub mod telemetry;
 
 use std::{
@@ -27,8 +29,14 @@ use hyper_util::{
     server::{conn::auto, graceful::GracefulShutdown},
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, sync::Semaphore, time::Instant};
+use tokio::{
+    net::TcpListener,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tokio_io_timeout::TimeoutStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt;
 use tower_http::{
     catch_panic::CatchPanicLayer,
     cors::{AllowHeaders, CorsLayer},
@@ -41,10 +49,14 @@ use self::{
 };
 use crate::{
     config::Config,
-    dialect::chat_completions::{self, Answering},
+    dialect::{
+        chat_completions::{self, Answering},
+        socket,
+    },
     electron::Electron,
     engine::{RETRY_AFTER, Readiness},
     error::Error,
+    session::{Limits, Sessions, store::Memory},
 };
 
 /// The public contract of all HTTP routes.
@@ -56,20 +68,42 @@ pub struct App {
     auth: Auth,
     /// Set once the model is loaded.
     electron: OnceLock<Arc<Electron>>,
+    sessions: Arc<Sessions>,
+    limits: Limits,
+    /// Cancelled when the server is told to stop.
+    stop: CancellationToken,
+    /// Open WebSockets.
+    sockets: TaskTracker,
     metrics: metrics_exporter_prometheus::PrometheusHandle,
     started: u64,
 }
+
+/// A connection's place among those that the server may have. Whatever the connection becomes holds it.
+#[derive(Clone)]
+struct Place(#[expect(dead_code, reason = "held, not used")] Arc<OwnedSemaphorePermit>);
 
 // === impl App ===
 
 impl App {
     /// The state of a server whose model is not loaded yet.
     ///
-    /// `extra_key` is a key in the clear that is accepted besides the configured ones.
+    /// `extra_key` is a key in the clear that is accepted besides the configured ones. Has to be called on a runtime.
     pub fn new(config: Config, extra_key: Option<&str>) -> Arc<Self> {
         let auth = Auth::new(&config.keys, extra_key);
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
-        Arc::new(Self { config, auth, electron: OnceLock::new(), metrics: telemetry::metrics(), started })
+        let limits = Limits::new(&config);
+        let sessions = Sessions::new(limits, Arc::new(Memory::new(config.session.max_stored)));
+        Arc::new(Self {
+            config,
+            auth,
+            electron: OnceLock::new(),
+            sessions,
+            limits,
+            stop: CancellationToken::new(),
+            sockets: TaskTracker::new(),
+            metrics: telemetry::metrics(),
+            started,
+        })
     }
 
     /// Starts to serve this model.
@@ -105,8 +139,17 @@ pub fn router(app: Arc<App>) -> Router {
         api = api
             .route(&format!("{prefix}/chat/completions"), post(chat_completions))
             .route(&format!("{prefix}/models"), get(models))
-            .route(&format!("{prefix}/models/{{id}}"), get(model));
+            .route(&format!("{prefix}/models/{{id}}"), get(model))
+            .route(&format!("{prefix}/responses"), post(sessions::create_response).get(sessions::connect_responses))
+            .route(&format!("{prefix}/responses/{{id}}"), get(sessions::response).delete(sessions::delete_response))
+            .route(&format!("{prefix}/responses/{{id}}/cancel"), post(sessions::cancel_response))
+            .route(&format!("{prefix}/responses/{{id}}/input_items"), get(sessions::input_items));
     }
+    let api = api
+        .route("/v1/realtime", get(sessions::connect_realtime))
+        .route("/v1/realtime/client_secrets", post(sessions::client_secret))
+        .route("/v1/sessions", get(sessions::list_sessions))
+        .route("/v1/sessions/{id}", get(sessions::session).delete(sessions::delete_session));
     let api = api.layer(middleware::from_fn_with_state(app.clone(), auth::authenticate));
     Router::new()
         .merge(api)
@@ -190,7 +233,7 @@ fn panicked(cause: Box<dyn std::any::Any + Send>) -> Response<Body> {
 
 fn cors(origins: &[String]) -> CorsLayer {
     let layer = CorsLayer::new()
-        .allow_methods([Method::GET, Method::POST])
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
         // SDKs send headers of their own, by which nothing is decided here.
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([observe::HEADER.clone(), header::RETRY_AFTER]);
@@ -239,7 +282,7 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1().timer(TokioTimer::new()).header_read_timeout(read_timeout);
     http.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(30)));
-    let service = TowerToHyperService::new(router(app.clone()));
+    let router = router(app.clone());
     let graceful = GracefulShutdown::new();
     tokio::pin!(stop);
     loop {
@@ -259,22 +302,34 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
         };
         let _ = stream.set_nodelay(true);
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(write_timeout));
+        // A WebSocket has a timeout of its own, and then says why it is closed.
+        stream.set_write_timeout(Some(write_timeout + socket::LAST_WORDS));
         let stream = TokioIo::new(Box::pin(stream));
-        let connection = http.serve_connection_with_upgrades(stream, service.clone()).into_owned();
+        let place = Place(Arc::new(place));
+        let held = place.clone();
+        let service = router.clone().map_request(move |mut request: Request<_>| {
+            request.extensions_mut().insert(place.clone());
+            request
+        });
+        let service = TowerToHyperService::new(service);
+        let connection = http.serve_connection_with_upgrades(stream, service).into_owned();
         let watched = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(e) = watched.await {
                 tracing::debug!(error = %e, "a connection ended early");
             }
-            drop(place);
+            drop(held);
         });
     }
     drop(listener);
-    if graceful.count() > 0 {
-        tracing::info!(connections = graceful.count(), ?grace, "waiting for running answers");
+    app.stop.cancel();
+    app.sockets.close();
+    if graceful.count() > 0 || !app.sockets.is_empty() {
+        let connections = graceful.count() + app.sockets.len();
+        tracing::info!(connections, ?grace, "waiting for running answers");
     }
-    if tokio::time::timeout(grace, graceful.shutdown()).await.is_err() {
+    let ended = async { tokio::join!(graceful.shutdown(), app.sockets.wait()) };
+    if tokio::time::timeout(grace, ended).await.is_err() {
         tracing::warn!("the grace is over; running answers are cut off");
     }
     Ok(())

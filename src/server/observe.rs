@@ -158,6 +158,24 @@ impl Observed {
         }
     }
 
+    /// One turn of many on a connection, from now on.
+    pub(super) fn turn(&self, model: &str) -> Self {
+        let span = tracing::info_span!(
+            parent: &self.span,
+            "turn",
+            otel.name = format!("chat {model}"),
+            gen_ai.operation.name = "chat",
+            gen_ai.provider.name = "electron",
+            gen_ai.request.model = model,
+            gen_ai.usage.input_tokens = Empty,
+            gen_ai.usage.cache_read.input_tokens = Empty,
+            gen_ai.usage.output_tokens = Empty,
+            gen_ai.response.finish_reasons = Empty,
+            gen_ai.response.time_to_first_chunk = Empty,
+        );
+        Self { span, started: Instant::now() }
+    }
+
     /// Counts what a turn costs, also when nobody reads it to its end.
     pub(super) fn watch(self, turn: TurnStream, permit: Permit) -> TurnStream {
         let progress = turn.progress();

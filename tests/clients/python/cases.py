@@ -25,6 +25,14 @@ CLOCK = tool("get_time", {"zone": {"type": "string", "enum": ["UTC", "CET"]}}, a
 TOOLS = [WEATHER, CLOCK]
 
 
+def flat(tool):
+    """The form that tools have in the Responses and Realtime APIs."""
+    return {"type": "function", **tool["function"]}
+
+
+FLAT_TOOLS = [flat(tool) for tool in TOOLS]
+
+
 def said(text, system=None):
     messages = [{"role": "user", "content": text}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]

@@ -1,5 +1,7 @@
 """Starts the server that the tests talk to, ends it, and makes clients for it."""
 
+import asyncio
+import functools
 import hashlib
 import os
 import pathlib
@@ -11,10 +13,12 @@ from dataclasses import dataclass
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 READY_WITHIN = 240
 STOPPED_WITHIN = 40
+CONVERSED_WITHIN = 180
 
 KEYS = {
     "normal": "key-without-limits",
@@ -27,6 +31,33 @@ LIMITS = {
     "single": "concurrency = 1",
     "elsewhere": 'models = ["other"]',
 }
+
+
+def conversation(test):
+    """Runs a test that is a coroutine. WebSocket clients wait for ever, so this is the limit of their patience."""
+
+    @functools.wraps(test)
+    def run(*args, **options):
+        async def converse():
+            async with asyncio.timeout(CONVERSED_WITHIN):
+                await test(*args, **options)
+
+        asyncio.run(converse())
+
+    return run
+
+
+def check_shape(received):
+    """The SDKs build whatever comes, and put None where a field is missing. This checks it against their types."""
+    try:
+        type(received).model_validate(received.to_dict(warnings=False))
+    except pydantic.ValidationError as error:
+        faults = {fault["loc"]: fault for fault in error.errors()}
+        # Of a union every variant is listed, most of which the value was never meant to be.
+        others = {loc[:-1] for loc in faults if loc[-1] in ("type", "role") and faults[loc]["type"] == "literal_error"}
+        told = [loc for loc in faults if not any(loc[:n] in others for n in range(1, len(loc)))]
+        rows = [f"{'.'.join(map(str, loc))}: {faults[loc]['msg']}" for loc in told or faults]
+        raise AssertionError("\n".join([f"no {type(received).__name__}:", *rows])) from None
 
 
 @dataclass

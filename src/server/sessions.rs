@@ -1,0 +1,244 @@
+//! Routes of what is kept between requests: responses, realtime sessions, sessions of any dialect.
+
+use std::{collections::HashMap, sync::Arc};
+
+use axum::{
+    Extension, Json,
+    body::Body,
+    extract::{
+        Path, Query, Request, State,
+        rejection::{PathRejection, QueryRejection},
+        ws::{WebSocketUpgrade, rejection::WebSocketUpgradeRejection},
+    },
+    http::Response,
+};
+use serde_json::{Value, json};
+
+use super::{
+    App, Place,
+    access::Granted,
+    auth::Caller,
+    observe::{Observed, RequestId},
+    read_body,
+};
+use crate::{
+    dialect::{
+        realtime,
+        responses::{self, Defaults},
+        sessions,
+        socket::{self, Protocol},
+    },
+    error::{Error, Fault},
+    session::{Settings, response::now},
+};
+
+type Params = Result<Query<HashMap<String, String>>, QueryRejection>;
+type Id = Result<Path<String>, PathRejection>;
+type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
+
+fn id(id: Id) -> Result<String, Error> {
+    id.map(|Path(id)| id).map_err(|_| Error::invalid("id", "the id is not valid UTF-8"))
+}
+
+fn params(params: Params) -> Result<HashMap<String, String>, Error> {
+    params.map(|Query(params)| params).map_err(|e| Error::invalid("query", e.body_text()))
+}
+
+async fn body(request: Request, app: &App) -> Result<Value, Error> {
+    let body = read_body(request, &app.config).await?;
+    let fault = |why: String| Error::Invalid(vec![Fault::new([], why)]);
+    if body.is_empty() {
+        return Err(fault("The body is empty; a JSON object is expected.".into()));
+    }
+    serde_json::from_slice(&body).map_err(|e| fault(format!("The body is not valid JSON: {e}")))
+}
+
+// === responses ===
+
+pub(super) async fn create_response(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(request_id): Extension<RequestId>,
+    Extension(observed): Extension<Observed>,
+    request: Request,
+) -> Result<Response<Body>, Error> {
+    let body = body(request, &app).await?;
+    let create = responses::parse(&body, &Defaults { model: None, filler: app.config.electron.filler })?;
+    let access = Granted::on(app.clone(), caller, observed, request_id);
+    responses::answer(create, access, &app.sessions).await
+}
+
+pub(super) async fn connect_responses(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(request_id): Extension<RequestId>,
+    Extension(observed): Extension<Observed>,
+    Extension(place): Extension<Place>,
+    query: Params,
+    upgrade: Upgrade,
+) -> Result<Response<Body>, Error> {
+    let upgrade = upgrade.map_err(|e| not_upgraded("/v1/responses", &e))?;
+    let model = params(query)?.remove("model");
+    drop(caller.admit()?);
+    let access = Granted::on(app.clone(), caller, observed, request_id);
+    let defaults = Defaults { model, filler: app.config.electron.filler };
+    let connection = responses::Connection::new(access, app.sessions.clone(), defaults, app.config.session.max_lanes);
+    Ok(serve(&app, place, upgrade, connection))
+}
+
+pub(super) async fn response(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    path: Id,
+    query: Params,
+) -> Result<Json<Value>, Error> {
+    let id = id(path)?;
+    if params(query)?.get("stream").is_some_and(|stream| stream == "true") {
+        return Err(Error::invalid("stream", "a response cannot be streamed again; ask without stream"));
+    }
+    let stored = app.sessions.stored(responses::shorten(&id), &caller.owner())?;
+    Ok(Json(responses::response_value(&stored.response)))
+}
+
+pub(super) async fn delete_response(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    path: Id,
+) -> Result<Json<Value>, Error> {
+    let id = id(path)?;
+    app.sessions.forget(responses::shorten(&id), &caller.owner())?;
+    Ok(Json(json!({"id": id, "object": "response", "deleted": true})))
+}
+
+pub(super) async fn cancel_response(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(request_id): Extension<RequestId>,
+    Extension(observed): Extension<Observed>,
+    path: Id,
+) -> Result<Json<Value>, Error> {
+    let id = id(path)?;
+    let access = Granted::on(app.clone(), caller, observed, request_id);
+    Ok(Json(responses::stop(&id, &*access, &app.sessions).await?))
+}
+
+pub(super) async fn input_items(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    path: Id,
+    query: Params,
+) -> Result<Json<Value>, Error> {
+    let id = id(path)?;
+    let stored = app.sessions.stored(responses::shorten(&id), &caller.owner())?;
+    Ok(Json(responses::input_page(&stored.response, &params(query)?)?))
+}
+
+// === realtime ===
+
+pub(super) async fn connect_realtime(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Extension(request_id): Extension<RequestId>,
+    Extension(observed): Extension<Observed>,
+    Extension(place): Extension<Place>,
+    query: Params,
+    upgrade: Upgrade,
+) -> Result<Response<Body>, Error> {
+    // A browser offers its key as a second protocol, which must not be the one that is chosen.
+    let upgrade = upgrade.map_err(|e| not_upgraded("/v1/realtime", &e))?.protocols(["realtime"]);
+    let mut params = params(query)?;
+    drop(caller.admit()?);
+    let settings = match caller.secret() {
+        Some(settings) => Settings::clone(settings),
+        None => {
+            let model = params.remove("model").unwrap_or_else(|| app.config.model.name.clone());
+            Settings::new(&model, app.config.electron.filler)
+        }
+    };
+    let opening = realtime::Opening {
+        session_id: params.remove("session_id"),
+        last_event_id: params.remove("last_event_id"),
+        settings,
+    };
+    let access = Granted::on(app.clone(), caller, observed, request_id);
+    let connection = realtime::connect(access, &app.sessions, opening, app.limits.history).await?;
+    Ok(serve(&app, place, upgrade, connection))
+}
+
+pub(super) async fn client_secret(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Json<Value>, Error> {
+    let body = body(request, &app).await?;
+    let Value::Object(mut body) = body else {
+        return Err(Error::Invalid(vec![Fault::new([], "The body has to be an object.")]));
+    };
+    let session = body.remove("session").filter(|value| !value.is_null()).unwrap_or_else(|| json!({}));
+    let model = session.get("model").and_then(Value::as_str).unwrap_or(&app.config.model.name).to_owned();
+    let electron = app.model(&model, &caller)?;
+    let settings = realtime::settings(&session, &Settings::new(&model, app.config.electron.filler), "session")?;
+    electron.check_tools(settings.tools.clone()).await?;
+    let seconds = match body.get("expires_after").filter(|value| !value.is_null()) {
+        None => 600,
+        Some(expiry) => {
+            expiry["seconds"].as_u64().filter(|seconds| (10..=7200).contains(seconds)).ok_or_else(|| {
+                Error::invalid("expires_after", "expires_after.seconds has to be a whole number from 10 to 7200")
+            })?
+        }
+    };
+    let mut value = realtime::session_value(&crate::session::new_id("sess"), &settings);
+    let secret = app.auth.new_secret(&caller, settings, seconds)?;
+    let expires_at = now() + seconds;
+    value["expires_at"] = expires_at.into();
+    Ok(Json(json!({"value": secret, "expires_at": expires_at, "session": value})))
+}
+
+// === sessions ===
+
+pub(super) async fn list_sessions(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    query: Params,
+) -> Result<Json<Value>, Error> {
+    Ok(Json(sessions::list(&app.sessions, &caller.owner(), &params(query)?)?))
+}
+
+pub(super) async fn session(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    path: Id,
+) -> Result<Json<Value>, Error> {
+    Ok(Json(sessions::show(&app.sessions, &caller.owner(), &id(path)?).await?))
+}
+
+pub(super) async fn delete_session(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    path: Id,
+) -> Result<Json<Value>, Error> {
+    Ok(Json(sessions::end(&app.sessions, &caller.owner(), &id(path)?).await?))
+}
+
+// === WebSockets ===
+
+fn not_upgraded(path: &str, why: &WebSocketUpgradeRejection) -> Error {
+    Error::UpgradeRequired(format!("GET {path} is a WebSocket: connect to it with ws:// or wss://. ({why})"))
+}
+
+fn serve(app: &Arc<App>, place: Place, upgrade: WebSocketUpgrade, protocol: impl Protocol + 'static) -> Response<Body> {
+    let config = &app.config;
+    let limits = socket::Limits {
+        max_message: usize::try_from(config.session.max_message.as_u64()).unwrap_or(usize::MAX),
+        write_timeout: config.server.write_timeout,
+        idle_timeout: config.session.idle_timeout,
+        ping_interval: config.session.ping_interval,
+        stop: app.stop.clone(),
+    };
+    let open = app.sockets.token();
+    socket::configure(upgrade, &limits).on_upgrade(move |socket| async move {
+        // The connection keeps its place until it is closed, and the server waits for it when it stops.
+        let _held = (place, open);
+        socket::serve(socket, protocol, limits).await;
+    })
+}

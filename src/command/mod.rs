@@ -81,6 +81,22 @@ pub fn run(cli: Cli) -> Result<(), String> {
 }
 
 impl Settings {
+    /// Arguments that give another process of this program the same settings.
+    fn arguments(&self) -> Vec<std::ffi::OsString> {
+        let mut arguments = Vec::new();
+        let mut add = |flag: &str, value: std::ffi::OsString| arguments.extend([flag.into(), value]);
+        if let Some(config) = &self.config {
+            add("--config", config.into());
+        }
+        for pair in &self.set {
+            add("--set", pair.into());
+        }
+        if let Some(model) = &self.model {
+            add("--model", model.into());
+        }
+        arguments
+    }
+
     /// The effective settings.
     fn load(&self) -> Result<Config, String> {
         let mut flags = Vec::new();

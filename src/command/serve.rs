@@ -29,6 +29,8 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
 
 async fn serve(config: Config) -> Result<(), String> {
     let stop = signals()?;
+    // Every connection is a file, and the usual limit is that of a desktop program.
+    let _ = rlimit::increase_nofile_limit(rlimit::INFINITY);
     // The port first: if it is taken, nobody should wait for a model to learn that.
     let listener = server::bind(config.server.listen).await?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;

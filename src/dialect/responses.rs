@@ -352,11 +352,10 @@ pub fn response_value(response: &Response) -> Value {
         Some(Outcome::Completed) => ("completed", None, None),
         Some(Outcome::Length) => ("incomplete", Some("max_output_tokens"), None),
         Some(Outcome::Cancelled) => ("incomplete", Some("cancelled"), None),
-        Some(Outcome::Failed(error)) => (
-            "failed",
-            None,
-            Some(json!({"code": error.code().unwrap_or("server_error"), "message": error.to_string()})),
-        ),
+        // The API's own list of codes is short, and clients hold to it.
+        Some(Outcome::Failed(error)) => {
+            ("failed", None, Some(json!({"code": "server_error", "message": error.to_string()})))
+        }
     };
     let settings = &response.settings;
     let sampling = &settings.sampling;

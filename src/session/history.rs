@@ -184,8 +184,7 @@ impl Item {
     /// The version of a spoken message of which only this much was heard.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the item was not spoken by the model, or does not start with the text. White space
-    /// counts as one space, since speech has none.
+    /// [`Error::Invalid`] when the item was not spoken by the model, or does not start with the text.
     pub fn heard(&self, heard: &str) -> Result<Self, Error> {
         let Content::Message { role: Role::Assistant, text, commentary } = &self.content else {
             return Err(Error::invalid("item_id", format!("`{}` is no message of the assistant", self.id)));
@@ -199,21 +198,32 @@ impl Item {
     }
 }
 
-/// Where in `text` the part ends that reads like `heard`; `None` when it begins otherwise.
+/// Where in `text` the part ends that sounds like `heard`; `None` when it begins otherwise. Only letters and digits are
+/// compared, since transcripts of speech have punctuation and case of their own.
 fn heard_end(text: &str, heard: &str) -> Option<usize> {
-    let mut rest = text.char_indices().peekable();
+    let sounds = |c: &char| c.is_alphanumeric();
+    let mut rest = text.char_indices();
     let mut end = 0;
-    for word in heard.split_whitespace() {
-        while rest.next_if(|(_, c)| c.is_whitespace()).is_some() {}
-        for wanted in word.chars() {
-            let (at, found) = rest.next()?;
-            if found != wanted {
-                return None;
-            }
-            end = at + found.len_utf8();
+    for wanted in heard.chars().filter(sounds) {
+        let (at, found) = rest.find(|(_, c)| sounds(c))?;
+        if found != wanted && !found.to_lowercase().eq(wanted.to_lowercase()) {
+            return None;
         }
+        end = at + found.len_utf8();
     }
-    Some(end)
+    if end == 0 && heard.trim() == text.trim() {
+        return Some(text.len());
+    }
+    let whole = !text[end..].chars().any(|c| sounds(&c));
+    // A mark behind the last word belongs to it.
+    let marks = text[end..].find(|c: char| c.is_whitespace() || sounds(&c)).unwrap_or(text.len() - end);
+    Some(if whole && end > 0 {
+        text.len()
+    } else if end > 0 {
+        end + marks
+    } else {
+        0
+    })
 }
 
 // === impl History ===
@@ -252,22 +262,28 @@ impl History {
     /// called again when they continue it. Words that stop early are what was heard, and replace those that were said.
     pub fn repeat(&mut self, said: &[Arc<Item>], input: &mut Vec<Arc<Item>>) {
         let view = self.view();
-        let mut words = said.iter().filter(|item| item.spoken().is_some());
-        let mut repeated = 0;
-        for item in input.iter() {
-            match &item.content {
-                Content::Call { call_id, .. } if view.calls().any(|call| call == call_id) => {}
-                Content::Message { role: Role::Assistant, text, .. } => {
-                    let Some(Ok(heard)) = words.next().map(|said| said.heard(text)) else { break };
-                    if view.item(&heard.id).is_some_and(|item| item.spoken() != heard.spoken()) {
-                        self.replace(Arc::new(heard));
-                    }
+        let mut words = said.iter().filter(|item| item.spoken().is_some()).peekable();
+        // Once something new was said, what follows is new as well; a call is known by its id wherever it stands.
+        let mut repeats = true;
+        input.retain(|item| match &item.content {
+            Content::Call { call_id, .. } => !view.calls().any(|call| call == call_id),
+            Content::Message { role: Role::Assistant, text, .. } if repeats && text.trim().is_empty() => false,
+            Content::Message { role: Role::Assistant, text, .. } if repeats => {
+                let Some(Ok(heard)) = words.peek().map(|said| said.heard(text)) else {
+                    repeats = false;
+                    return true;
+                };
+                words.next();
+                if view.item(&heard.id).is_some_and(|item| item.spoken() != heard.spoken()) {
+                    self.replace(Arc::new(heard));
                 }
-                _ => break,
+                false
             }
-            repeated += 1;
-        }
-        input.drain(..repeated);
+            _ => {
+                repeats = false;
+                true
+            }
+        });
     }
 
     /// Adds an item of the model, which needs no check.
@@ -484,5 +500,180 @@ impl View {
         let spoken: Vec<&Arc<Item>> = self.items.iter().filter(|item| !is(item, Role::System)).collect();
         let next = spoken.iter().skip(1).position(|item| is(item, Role::User))? + 1;
         Some(spoken[..next].iter().map(|item| item.id.clone()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOMY: Bounds = Bounds { records: 100_000, bytes: 1 << 20 };
+
+    fn said(role: Role, text: &str) -> Arc<Item> {
+        Arc::new(Item::message(new_id("msg"), role, text))
+    }
+
+    fn call(id: &str) -> Arc<Item> {
+        let content = Content::Call { call_id: id.into(), name: "find".into(), arguments: "{}".into() };
+        Arc::new(Item { id: new_id("fc"), content, status: Status::Completed })
+    }
+
+    fn output(id: &str, text: &str) -> Arc<Item> {
+        let content = Content::Output { call_id: id.into(), output: text.into() };
+        Arc::new(Item { id: new_id("fco"), content, status: Status::Completed })
+    }
+
+    fn history(items: &[Arc<Item>]) -> History {
+        let mut history = History::default();
+        history.extend(items, "input", ROOMY).unwrap();
+        history
+    }
+
+    fn roles(messages: &[Message]) -> String {
+        let role = |message: &Message| match message {
+            Message::System(_) => 's',
+            Message::User(_) => 'u',
+            Message::Assistant { tool_calls, .. } if !tool_calls.is_empty() => 'c',
+            Message::Assistant { .. } => 'a',
+            Message::Tool { .. } => 't',
+        };
+        messages.iter().map(role).collect()
+    }
+
+    #[test]
+    fn what_is_added_to_a_fork_is_not_in_the_other() {
+        let mut one = history(&[said(Role::User, "Hello.")]);
+        let mut other = one.clone();
+        one.add(said(Role::User, "One."), Place::End, ROOMY).unwrap();
+        other.add(said(Role::User, "Other."), Place::End, ROOMY).unwrap();
+        assert_eq!((one.view().items.len(), other.view().items.len()), (2, 2));
+        assert_eq!(one.view().items[0].id, other.view().items[0].id);
+        assert_ne!(one.view().items[1], other.view().items[1]);
+    }
+
+    #[test]
+    fn a_long_history_is_dropped_without_a_deep_stack() {
+        let mut history = History::default();
+        for _ in 0..200_000 {
+            history.add_own(said(Role::User, ""));
+        }
+        drop(history);
+    }
+
+    #[test]
+    fn items_go_where_they_are_put() {
+        let first = said(Role::User, "first");
+        let mut history = history(std::slice::from_ref(&first));
+        history.add(said(Role::User, "last"), Place::End, ROOMY).unwrap();
+        history.add(said(Role::System, "before"), Place::Start, ROOMY).unwrap();
+        history.add(said(Role::User, "second"), Place::Behind(first.id.clone()), ROOMY).unwrap();
+        let view = history.view();
+        let text = |message| match message {
+            Message::User(text) | Message::System(text) => text,
+            other => panic!("{other:?}"),
+        };
+        let texts: Vec<String> = view.messages().into_iter().map(text).collect();
+        assert_eq!(texts, ["before", "first", "second", "last"]);
+        assert_eq!(view.previous(&first.id), Some(view.items[0].id.clone()));
+        assert!(history.add(said(Role::User, ""), Place::Behind("none".into()), ROOMY).is_err());
+        assert!(history.add(first, Place::End, ROOMY).is_err(), "the same id twice");
+    }
+
+    #[test]
+    fn every_call_is_answered_right_behind_it() {
+        let mut history =
+            history(&[said(Role::User, "x"), call("a"), call("b"), said(Role::User, "y"), output("b", "B")]);
+        assert_eq!(history.view().unanswered(), ["a".into()]);
+        history.cancel_calls(vec!["a".into()]);
+        let messages = history.view().messages();
+        assert_eq!(roles(&messages), "ucttu");
+        assert_eq!(messages[2], Message::Tool { call_id: "a".into(), content: CANCELLED.into() });
+        assert_eq!(messages[3], Message::Tool { call_id: "b".into(), content: "B".into() });
+        for (id, why) in [("a", "cancelled"), ("b", "already"), ("c", "No tool call")] {
+            let refused = history.add(output(id, ""), Place::End, ROOMY).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_was_cut_off_is_not_in_the_prompt() {
+        let mut cut = Item::clone(&call("a"));
+        cut.status = Status::Incomplete;
+        let history = history(&[said(Role::User, "x"), Arc::new(cut), said(Role::User, "y")]);
+        assert_eq!(roles(&history.view().messages()), "uu");
+        assert!(history.view().unanswered().is_empty());
+    }
+
+    #[test]
+    fn what_was_heard_is_the_beginning_of_what_was_said() {
+        let item = said(Role::Assistant, "Hello there. How are you?");
+        let heard = |text: &str| item.heard(text).map(|item| item.spoken().unwrap_or_default().to_owned());
+        assert_eq!(heard("Hello there").unwrap(), "Hello there.");
+        assert_eq!(heard("hello  there how").unwrap(), "Hello there. How");
+        assert_eq!(heard("Hello there. How are you").unwrap(), "Hello there. How are you?");
+        assert_eq!(heard("").unwrap(), "");
+        assert!(heard("Goodbye").is_err());
+        assert!(heard("Hello there. How are you? Fine.").is_err());
+        assert!(said(Role::User, "Hello").heard("Hello").is_err());
+    }
+
+    #[test]
+    fn a_client_that_repeats_what_was_said_says_it_once() {
+        let spoken = said(Role::Assistant, "One two three.");
+        let output_items = [spoken.clone(), call("a")];
+        let base = history(&[said(Role::User, "x"), spoken.clone(), output_items[1].clone()]);
+
+        let mut same = base.clone();
+        let mut input = vec![said(Role::Assistant, "One two three."), call("a"), output("a", "A")];
+        same.repeat(&output_items, &mut input);
+        assert_eq!(input.len(), 1);
+        assert_eq!(same.view().item(&spoken.id).unwrap().spoken(), Some("One two three."));
+
+        let mut shorter = base.clone();
+        let mut input = vec![said(Role::Assistant, "One two"), said(Role::User, "Stop.")];
+        shorter.repeat(&output_items, &mut input);
+        assert_eq!(input.len(), 1);
+        assert_eq!(shorter.view().item(&spoken.id).unwrap().spoken(), Some("One two"));
+
+        let mut other = base.clone();
+        let mut input = vec![said(Role::Assistant, "Something else."), call("a"), said(Role::User, "Stop.")];
+        other.repeat(&output_items, &mut input);
+        assert_eq!(input.len(), 2, "a known call is not said twice");
+        assert_eq!(other.view().item(&spoken.id).unwrap().spoken(), Some("One two three."));
+
+        let mut empty = base.clone();
+        let mut input = vec![said(Role::Assistant, ""), said(Role::User, "Stop.")];
+        empty.repeat(&output_items, &mut input);
+        assert_eq!(empty.view().item(&spoken.id).unwrap().spoken(), Some("One two three."));
+    }
+
+    #[test]
+    fn old_exchanges_make_room_but_not_instructions_nor_the_last_one() {
+        let items = [
+            said(Role::System, "s"),
+            said(Role::User, "one"),
+            call("a"),
+            output("a", "A"),
+            said(Role::Assistant, "One."),
+            said(Role::User, "two"),
+            said(Role::Assistant, "Two."),
+        ];
+        let mut history = history(&items);
+        let oldest = history.view().oldest_exchange().unwrap();
+        assert_eq!(oldest, items[1..5].iter().map(|item| item.id.clone()).collect::<Vec<_>>());
+        history.remove(oldest);
+        assert_eq!(roles(&history.view().messages()), "sua");
+        assert_eq!(history.view().oldest_exchange(), None);
+    }
+
+    #[test]
+    fn a_history_has_bounds() {
+        let bounds = Bounds { records: 3, bytes: 10 };
+        let mut history = History::default();
+        history.add(said(Role::User, "12345678"), Place::End, bounds).unwrap();
+        assert!(history.add(said(Role::User, "123"), Place::End, bounds).is_err());
+        history.add(said(Role::User, ""), Place::End, bounds).unwrap();
+        history.add(said(Role::User, ""), Place::End, bounds).unwrap();
+        assert!(history.add(said(Role::User, ""), Place::End, bounds).unwrap_err().to_string().contains("full"));
     }
 }

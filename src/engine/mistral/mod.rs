@@ -101,6 +101,14 @@ impl WarmUp {
     }
 }
 
+/// After so long without a caller, warm-ups take larger steps.
+const CALM: Duration = Duration::from_secs(2);
+/// How many times larger.
+const CALM_STEPS: usize = 4;
+/// What is missing of a prompt is not computed ahead when it is less than this many tokens: it would cost a copy of the
+/// whole prompt, and saves no time that could be felt.
+const WORTH_WARMING: usize = 8;
+
 /// How long no caller must have come before a warm-up starts: clients that send turn after turn without a pause
 /// should not find a warm-up's step in front of them.
 const QUIET: Duration = Duration::from_millis(60);
@@ -395,10 +403,12 @@ impl Dispatcher {
         let end = (known + step).min(prompt.len());
         // What remains is too short to be worth a step of its own.
         let end = if prompt.len() - end < step / 4 { prompt.len() } else { end };
+        let done = warm_up.done == 0 && prompt.len() - known < WORTH_WARMING;
+        let end = if done { known } else { end };
         if end > known {
             self.prefill(prompt[..end].to_vec()).await?;
         }
-        if end < prompt.len() {
+        if end < prompt.len() && !done {
             warm_up.done = end;
             self.queue.put_back(Job::WarmUp(warm_up));
         } else {
@@ -408,9 +418,13 @@ impl Dispatcher {
     }
 
     async fn prefill(&self, prompt: Vec<u32>) -> Result<(), String> {
-        match self.send(prompt.clone(), Arc::new(Sentinel(self.endings.sentinel))).await {
+        let end = Sentinel { end: self.endings.sentinel, prompt: prompt.len() };
+        match self.send(prompt.clone(), Arc::new(end)).await {
             Ok(()) => {
-                self.finished(prompt.len(), prompt);
+                let mut tokens = prompt;
+                let length = tokens.len();
+                tokens.extend(tokens.last().copied());
+                self.finished(length, tokens);
                 Ok(())
             }
             Err(Failure::Request(why) | Failure::Engine(why)) => Err(why),
@@ -446,7 +460,7 @@ impl Dispatcher {
         // The engine has no call for it, but it empties its cache when a step fails, and a token that no vocabulary has
         // makes one fail at once. (Not the largest number: embeddings take that for a place to leave empty.)
         let unknown = vec![u32::MAX - 1];
-        match self.send(unknown, Arc::new(Sentinel(self.endings.sentinel))).await {
+        match self.send(unknown, Arc::new(Sentinel { end: self.endings.sentinel, prompt: 0 })).await {
             Err(Failure::Request(why)) => tracing::debug!(why, restored = live.len(), "prefix cache emptied"),
             Err(Failure::Engine(why)) => tracing::warn!(why, "the engine died while its prefix cache was emptied"),
             Ok(()) => tracing::warn!("the prefix cache could not be emptied"),
@@ -454,7 +468,7 @@ impl Dispatcher {
         self.state.flushes.fetch_add(1, Ordering::Relaxed);
         for tokens in live {
             // In a small cache the steps of a long restoration would soon have to make room again.
-            if self.step(tokens.len()) <= 2 * self.warm_up_step {
+            if self.step(tokens.len()) <= 2 * CALM_STEPS * self.warm_up_step {
                 let _ = self.queue.push(Job::WarmUp(WarmUp { prompt: tokens, done: 0, asked_by: None }));
             }
         }
@@ -463,8 +477,11 @@ impl Dispatcher {
     /// Tokens that a warm-up of this length computes at a time. Every step leaves a copy of all before it in the prefix
     /// cache, so that there may only be as many as fit.
     fn step(&self, tokens: usize) -> usize {
+        // Where no caller has come for a while, it is less likely that one has to wait for a step, and each step leaves a
+        // copy and takes time to copy.
+        let calm = if self.queue.is_calm(CALM) { CALM_STEPS } else { 1 };
         let steps = self.prefix_cache / self.state.mirror().cost(tokens).max(1);
-        self.warm_up_step.max(tokens.div_ceil(usize::try_from(steps).unwrap_or(usize::MAX).max(1)))
+        (self.warm_up_step * calm).max(tokens.div_ceil(usize::try_from(steps).unwrap_or(usize::MAX).max(1)))
     }
 
     /// Hands a prompt to the engine and waits until its sequence has ended.

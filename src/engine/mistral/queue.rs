@@ -111,6 +111,12 @@ impl<T: Waiting> Queue<T> {
         self.lock().last_turn = Some(Instant::now());
     }
 
+    /// Whether no turn waits or has run for this long.
+    pub(super) fn is_calm(&self, pause: Duration) -> bool {
+        let lanes = self.lock();
+        lanes.turns.is_empty() && lanes.last_turn.is_none_or(|last| last.elapsed() >= pause)
+    }
+
     /// Turns that wait.
     pub(super) fn waiting(&self) -> usize {
         self.lock().turns.len()

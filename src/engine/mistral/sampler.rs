@@ -104,12 +104,21 @@ impl CustomLogitsProcessor for Sampler {
     }
 }
 
-/// Ends a warm-up as soon as its prompt is computed.
-pub(super) struct Sentinel(pub u32);
+/// Ends a warm-up right behind its prompt.
+///
+/// One token more is computed, the prompt's last one again: a sequence that ends with its first step leaves twice the
+/// memory behind (measured: 53 MiB in place of 27 for 200 tokens of SmolLM2-135M).
+pub(super) struct Sentinel {
+    /// The token that ends it.
+    pub end: u32,
+    /// Length of the prompt.
+    pub prompt: usize,
+}
 
 impl CustomLogitsProcessor for Sentinel {
-    fn apply(&self, logits: &Tensor, _context: &[u32]) -> candle_core::Result<Tensor> {
-        only(self.0, vec![0.0; logits.elem_count()], logits)
+    fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
+        let last = context.last().filter(|_| context.len() <= self.prompt);
+        only(last.copied().unwrap_or(self.end), vec![0.0; logits.elem_count()], logits)
     }
 }
 

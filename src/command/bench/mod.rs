@@ -4,9 +4,12 @@
 //! words to it. The same load can be put on a server, on the engine in this process, or on both in turn, so that what the
 //! server costs is seen within one run.
 
+mod sessions;
+mod talk;
+
 use std::{sync::Arc, time::Duration};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use futures::{StreamExt, future::join_all};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -28,7 +31,10 @@ use crate::{
 
 /// Options of `bench`.
 #[derive(Clone, Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Options {
+    #[command(subcommand)]
+    other: Option<Other>,
     #[command(flatten)]
     settings: Settings,
     #[command(flatten)]
@@ -64,6 +70,13 @@ pub(super) struct Options {
     /// Print JSON in place of a table.
     #[arg(long)]
     json: bool,
+}
+
+/// What else can be measured.
+#[derive(Clone, Debug, Subcommand)]
+enum Other {
+    /// Measure long-lived sessions: barge-in, warm-ups, a long call, thousands of idle ones.
+    Sessions(sessions::Options),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -108,6 +121,9 @@ struct Sample {
 }
 
 pub(super) async fn run(options: Options) -> Result<(), String> {
+    if let Some(Other::Sessions(options)) = options.other {
+        return sessions::run(options).await;
+    }
     let mut config = options.settings.load()?;
     config.log.level = "warn".into();
     let _telemetry = telemetry::start(&config.log)?;
@@ -232,8 +248,8 @@ async fn measure(options: &Options, targets: &[(&'static str, Target)], model: &
             concurrency,
             turns: total.samples.len(),
             errors: total.errors.len(),
-            cold_ttft_ms: percentiles(total.samples.iter().filter(|s| s.cold)),
-            warm_ttft_ms: percentiles(total.samples.iter().filter(|s| !s.cold)),
+            cold_ttft_ms: Percentiles::of(total.samples.iter().filter(|s| s.cold).map(|s| &s.first)),
+            warm_ttft_ms: Percentiles::of(total.samples.iter().filter(|s| !s.cold).map(|s| &s.first)),
             tokens,
             seconds: total.busy.as_secs_f64(),
             tokens_per_second: tokens as f64 / total.busy.as_secs_f64().max(1e-9),
@@ -371,16 +387,18 @@ fn words(rng: &mut StdRng, count: usize) -> String {
     format!("{} {text}", rng.random_range(0..1000))
 }
 
-fn percentiles<'a>(samples: impl Iterator<Item = &'a Sample>) -> Percentiles {
-    // Microseconds to an hour, three digits.
-    let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, 3_600_000_000, 3) else {
-        return Percentiles::default();
-    };
-    for sample in samples {
-        let _ = histogram.record(sample.first.as_micros() as u64);
+impl Percentiles {
+    fn of<'a>(times: impl Iterator<Item = &'a Duration>) -> Self {
+        // Microseconds to an hour, three digits.
+        let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, 3_600_000_000, 3) else {
+            return Self::default();
+        };
+        for time in times {
+            let _ = histogram.record(time.as_micros() as u64);
+        }
+        let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+        Self { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
     }
-    let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
-    Percentiles { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
 }
 
 fn print(rows: &[Row]) {

@@ -17,7 +17,7 @@ from livekit.plugins import openai
 from pydantic import Field
 
 URL = os.environ.get("ELECTRON_URL", "ws://127.0.0.1:8080/v1/responses")
-# The plugin insists on a key; a gateway without keys takes any.
+# The server prints one when it starts without keys of its own.
 KEY = os.environ.get("ELECTRON_API_KEY") or "none"
 
 ORDERS = {"1234": "packed", "5678": "shipped"}

@@ -25,7 +25,7 @@ from pipecat.workers.runner import WorkerRunner
 URL = os.environ.get("ELECTRON_URL", "ws://127.0.0.1:8080/v1/responses")
 # The address without "http" or "ws", since both are needed.
 ADDRESS = URL.removeprefix("http").removeprefix("ws")
-# The service insists on a key; a gateway without keys takes any.
+# The server prints one when it starts without keys of its own.
 KEY = os.environ.get("ELECTRON_API_KEY") or "none"
 
 # The second sentence is what turns the gateway's filler on: before a function is called, the caller hears "One moment,

@@ -13,7 +13,7 @@ pub enum Error {
     /// Prompt and answer do not fit the model.
     #[error(
         "This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} \
-         tokens{}. Shorten the messages or the tools, or lower max_tokens.",
+         tokens{}. Shorten the conversation or the tools, or ask for fewer tokens.",
         .asked.map(|n| format!(" and {n} more were asked for")).unwrap_or_default()
     )]
     ContextLength {
@@ -23,6 +23,8 @@ pub enum Error {
         prompt: usize,
         /// Tokens that the caller wanted to be generated, where that is what does not fit.
         asked: Option<usize>,
+        /// The field of the request that is too large.
+        param: &'static str,
     },
     /// No model is served under this name.
     #[error("The model `{0}` does not exist. GET /v1/models lists those that are served here.")]
@@ -173,7 +175,7 @@ impl Error {
     pub fn param(&self) -> Option<String> {
         match self {
             Self::Invalid(faults) => faults.first().map(Fault::dotted).filter(|p| !p.is_empty()),
-            Self::ContextLength { asked, .. } => Some(if asked.is_some() { "max_tokens" } else { "messages" }.into()),
+            Self::ContextLength { param, .. } => Some((*param).to_owned()),
             Self::ModelNotFound(_) => Some("model".into()),
             Self::PreviousResponseNotFound(_) => Some("previous_response_id".into()),
             _ => None,
@@ -248,6 +250,16 @@ impl Fault {
             self.message.clone()
         } else {
             format!("{path}: {}", self.message)
+        }
+    }
+}
+
+impl PathPart {
+    /// The name, if it is a field.
+    pub fn field(&self) -> Option<&str> {
+        match self {
+            Self::Field(name) => Some(name),
+            Self::Index(_) => None,
         }
     }
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use self::fields::{Faults, Fields, kind};
 use crate::{
     electron::Electron,
-    error::Error,
+    error::{Error, PathPart},
     session::{Owner, Watch},
     turn::Tool,
 };
@@ -39,6 +39,34 @@ pub trait Access: Send + Sync + 'static {
 
     /// The id under which the log knows the connection.
     fn request_id(&self) -> &str;
+}
+
+/// An error of the layers below, which name fields as chat completions do, with the names that the Responses and
+/// Realtime APIs have for them.
+fn renamed(error: Error) -> Error {
+    match error {
+        Error::Invalid(mut faults) => {
+            for fault in &mut faults {
+                let names: Vec<&str> = fault.path.iter().map_while(PathPart::field).collect();
+                let renamed: Option<(usize, &[&'static str])> = match names.as_slice() {
+                    ["max_tokens", ..] => Some((1, &["max_output_tokens"])),
+                    ["messages", ..] => Some((1, &["input"])),
+                    ["response_format", "json_schema", "schema", ..] => Some((3, &["text", "format", "schema"])),
+                    _ => None,
+                };
+                if let Some((old, new)) = renamed {
+                    fault.path.splice(..old, new.iter().map(|name| PathPart::from(*name)));
+                }
+                fault.path.retain(|part| part.field() != Some("function"));
+            }
+            Error::Invalid(faults)
+        }
+        Error::ContextLength { context, prompt, asked, param } => {
+            let param = if param == "max_tokens" { "max_output_tokens" } else { "input" };
+            Error::ContextLength { context, prompt, asked, param }
+        }
+        other => other,
+    }
 }
 
 /// A tool's name, description and parameters, read from the object that holds them.

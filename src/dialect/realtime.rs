@@ -20,8 +20,8 @@ use uuid::Uuid;
 use super::{
     Access,
     fields::{Faults, Fields, kind},
-    items,
-    responses::{flat, metadata, shorten, tidy},
+    items, renamed,
+    responses::{metadata, shorten, tidy},
     socket::{Flow, Frames, Protocol, TAKEN_OVER},
 };
 use crate::{
@@ -278,6 +278,21 @@ fn response_value(response: &Response, conversation: &str) -> Value {
     })
 }
 
+/// What is wrong with tools that were declared for a session.
+pub fn in_session(error: Error) -> Error {
+    renamed(error).under(&["session".into()])
+}
+
+/// What is wrong with a turn is wrong with the `response` that asked for it.
+fn of_response(error: Error) -> Error {
+    match error.param().as_deref() {
+        Some(param) if ["tools", "max_output_tokens", "input"].iter().any(|name| param.starts_with(name)) => {
+            error.under(&["response".into()])
+        }
+        _ => error,
+    }
+}
+
 fn error_value(event_id: &str, error: &Error, cause: Option<&str>, request_id: &str) -> Value {
     let mut value = json!({"type": "error", "event_id": event_id});
     if let Ok(Value::Object(mut body)) = serde_json::to_value(error.body(request_id)) {
@@ -391,7 +406,8 @@ impl Renderer<'_> {
             }
             Event::Refused { cause, error } => {
                 let id = self.id();
-                self.out.push(&error_value(&id, &flat(error.clone()), cause.as_deref(), self.request_id));
+                let error = of_response(renamed(error.clone()));
+                self.out.push(&error_value(&id, &error, cause.as_deref(), self.request_id));
             }
         }
     }
@@ -440,10 +456,14 @@ pub async fn connect(
     let electron = access.model(&opening.settings.model)?;
     let seen = match &opening.last_event_id {
         None => None,
-        Some(id) => {
-            let why = || Error::invalid("last_event_id", format!("`{}` is no event of a session", shorten(id)));
-            Some(position(id).filter(|_| opening.session_id.is_some()).ok_or_else(why)?)
+        Some(_) if opening.session_id.is_none() => {
+            return Err(Error::invalid("last_event_id", "last_event_id needs the session_id that it belongs to"));
         }
+        Some(id) if !id.starts_with("event_") => {
+            return Err(Error::invalid("last_event_id", format!("`{}` is no event of a session", shorten(id))));
+        }
+        // The greeting, and errors that are no part of the session's history, come before everything.
+        Some(id) => Some(position(id).unwrap_or((1, usize::MAX))),
     };
     let (sender, deliveries) = mpsc::channel(DELIVERIES);
     let outlet = Outlet { sender, tag: 0 };
@@ -484,10 +504,7 @@ impl Connection {
                     return Err(Error::invalid("session", "session is required"));
                 };
                 let settings = Arc::new(settings(given, &self.settings, "session")?);
-                self.electron
-                    .check_tools(settings.tools.clone())
-                    .await
-                    .map_err(|e| flat(e).under(&["session".into()]))?;
+                self.electron.check_tools(settings.tools.clone()).await.map_err(in_session)?;
                 self.settings = settings.clone();
                 Some(Action::Configure(settings))
             }
@@ -603,7 +620,8 @@ impl Connection {
                 Given::Item(item) => item,
                 Given::Reference(id) => {
                     let found = known.iter().find(|item| item.id == id).cloned();
-                    found.ok_or_else(|| Error::invalid("input", format!("there is no item `{id}`")))?
+                    let missing = || Error::invalid("input", format!("there is no item `{id}`"));
+                    found.ok_or_else(|| missing().under(&["response".into()]))?
                 }
             });
         }
@@ -630,6 +648,7 @@ impl Connection {
         renderer.render(&delivery.event);
         if let Some((number, part)) = self.seen.take()
             && number == delivery.number
+            && part != usize::MAX
         {
             out.skip(before, part + 1);
         }

@@ -27,11 +27,11 @@ use tokio::sync::mpsc;
 use super::{
     Access,
     fields::{Faults, Fields, kind},
-    items,
+    items, renamed,
     socket::{Flow, Frames, Protocol},
 };
 use crate::{
-    error::{Error, Fault, PathPart},
+    error::{Error, Fault},
     session::{
         Action, Base, Delivery, Event, Handle, Heard, Id, Item, OnLeave, Outcome, Outlet, Respond, Response, Role,
         Sessions, Settings, Spoken, new_id, response::At,
@@ -126,6 +126,9 @@ pub fn parse(body: &Value, defaults: &Defaults) -> Result<Create, Error> {
         .and_then(|options| options.flag("prewarm", faults_ref))
         .unwrap_or(false);
     let generate = fields.flag("generate", faults_ref).unwrap_or(true) && !prewarm;
+    if generate && input.is_empty() && previous.is_none() && settings.instructions.is_empty() && faults_ref.is_empty() {
+        faults_ref.add(fields.at("input"), "input is required, where there is no previous_response_id");
+    }
     let stream = fields.flag("stream", faults_ref).unwrap_or(false);
     let stream_id = stream_id(&fields, faults_ref);
     for name in ["conversation", "prompt"] {
@@ -209,12 +212,14 @@ pub(super) fn metadata(fields: &Fields<'_>, faults: &mut Faults) -> Map<String, 
         None => Map::new(),
         Some(Value::Object(map))
             if map.len() <= 16
-                && map.iter().all(|(key, value)| key.len() <= 64 && value.as_str().is_some_and(|v| v.len() <= 512)) =>
+                && map.iter().all(|(key, value)| {
+                    key.chars().count() <= 64 && value.as_str().is_some_and(|v| v.chars().count() <= 512)
+                }) =>
         {
             map.clone()
         }
         Some(_) => {
-            let allowed = "up to 16 pairs of a name of 64 bytes and a string of 512 bytes at most";
+            let allowed = "up to 16 pairs of a name of 64 letters and a string of 512 letters at most";
             faults.add(fields.at("metadata"), format!("metadata has to be an object of {allowed}"));
             Map::new()
         }
@@ -265,6 +270,8 @@ struct Renderer {
     /// The number of the next event of the response.
     sequence: u64,
     stream_id: Option<Arc<str>>,
+    /// Log-probabilities of the response's messages by the place of the message, where they were asked for.
+    logprobs: HashMap<usize, Vec<Value>>,
 }
 
 /// What all events have in common.
@@ -445,8 +452,36 @@ impl Renderer {
     }
 
     fn of_response(&mut self, kind: &'static str, response: &Response, out: &mut impl Sink) {
+        let response = self.response(response);
         let head = self.head(kind);
-        out.event(kind, &OfResponse { head, response: response_value(response) });
+        out.event(kind, &OfResponse { head, response });
+    }
+
+    /// A response with what is known of its tokens.
+    fn response(&self, response: &Response) -> Value {
+        let mut value = response_value(response);
+        for (index, known) in &self.logprobs {
+            if let Some(part) = value["output"].get_mut(index).and_then(|item| item["content"].get_mut(0)) {
+                part["logprobs"] = known.clone().into();
+            }
+        }
+        value
+    }
+
+    /// Takes note of the tokens of a text.
+    fn note(&mut self, index: usize, tokens: &[TokenLogprob]) {
+        if tokens.is_empty() {
+            return;
+        }
+        let values = logprobs(tokens).into_iter().zip(tokens).map(|(logprob, token)| {
+            let mut value = serde_json::to_value(logprob).unwrap_or_default();
+            value["bytes"] = token.bytes.clone().into();
+            for (top, (bytes, _)) in value["top_logprobs"].as_array_mut().into_iter().flatten().zip(&token.top) {
+                top["bytes"] = bytes.clone().into();
+            }
+            value
+        });
+        self.logprobs.entry(index).or_default().extend(values);
     }
 
     fn of_item(&mut self, kind: &'static str, at: &At, body: impl Serialize, out: &mut impl Sink) {
@@ -458,6 +493,7 @@ impl Renderer {
         match event {
             Event::Begun(response) => {
                 self.sequence = 0;
+                self.logprobs.clear();
                 self.of_response("response.created", response, out);
                 self.of_response("response.in_progress", response, out);
             }
@@ -475,6 +511,7 @@ impl Renderer {
                 }
             }
             Event::Text { at, delta, logprobs: tokens } => {
+                self.note(at.index, tokens);
                 let body = TextDelta { item_id: &at.item, content_index: 0, delta, logprobs: logprobs(tokens) };
                 self.of_item("response.output_text.delta", at, body, out);
             }
@@ -488,12 +525,19 @@ impl Renderer {
                     self.of_item("response.function_call_arguments.done", at, done, out);
                 } else {
                     let text = item.spoken().unwrap_or_default();
-                    let done = json!({"item_id": at.item, "content_index": 0, "text": text, "logprobs": []});
+                    let known = Value::from(self.logprobs.get(&at.index).cloned().unwrap_or_default());
+                    let done = json!({"item_id": at.item, "content_index": 0, "text": text, "logprobs": known});
                     self.of_item("response.output_text.done", at, done, out);
-                    let part = json!({"item_id": at.item, "content_index": 0, "part": text_part(text)});
+                    let mut part = text_part(text);
+                    part["logprobs"] = known;
+                    let part = json!({"item_id": at.item, "content_index": 0, "part": part});
                     self.of_item("response.content_part.done", at, part, out);
                 }
-                self.of_item("response.output_item.done", at, json!({"item": item_value(item)}), out);
+                let mut item = item_value(item);
+                if let (Some(known), Some(part)) = (self.logprobs.get(&at.index), item["content"].get_mut(0)) {
+                    part["logprobs"] = known.clone().into();
+                }
+                self.of_item("response.output_item.done", at, json!({"item": item}), out);
             }
             Event::Ended(response) => {
                 let kind = match response.outcome {
@@ -576,20 +620,6 @@ fn base(
     Ok((Base { history, response: Some(id.clone()) }, Some(stored.session)))
 }
 
-/// The way that faults in a tool's schema are told, without the level that chat completions have.
-pub(super) fn flat(error: Error) -> Error {
-    match error {
-        Error::Invalid(mut faults) => {
-            let nested = |part: &PathPart| matches!(part, PathPart::Field(name) if name == "function");
-            for fault in &mut faults {
-                fault.path.retain(|part| !nested(part));
-            }
-            Error::Invalid(faults)
-        }
-        other => other,
-    }
-}
-
 // === WebSocket ===
 
 /// A connection on which responses are asked for.
@@ -599,12 +629,13 @@ pub struct Connection {
     defaults: Defaults,
     sender: mpsc::Sender<Delivery>,
     deliveries: mpsc::Receiver<Delivery>,
-    /// By their place in this list events find the way back.
-    lanes: Vec<Lane>,
-    named: HashMap<Option<Arc<str>>, usize>,
+    /// By the tag with which their events come.
+    lanes: HashMap<u32, Lane>,
+    named: HashMap<Option<Arc<str>>, u32>,
     most_lanes: usize,
-    /// Lanes that have become free and have something waiting.
-    ready: Vec<usize>,
+    next_tag: u32,
+    /// Lanes that have become free and may have something waiting.
+    ready: Vec<u32>,
 }
 
 /// One conversation on a connection.
@@ -613,51 +644,67 @@ struct Lane {
     session: Option<Handle>,
     /// The response that is being made.
     active: Option<Id>,
+    /// Responses that have not ended: that one, and one whose prompt is only computed.
+    open: usize,
+    /// The last one that ended.
+    latest: Option<Id>,
     waiting: VecDeque<Create>,
 }
 
-/// The reason of a command that is not a response, by which its refusal is known.
+/// Reasons of commands that are not responses, by which a refusal is known.
 const TRUNCATE: &str = "truncate";
+const CANCEL: &str = "cancel";
 
 impl Connection {
     /// A connection without conversations yet.
     pub fn new(access: Arc<dyn Access>, sessions: Arc<Sessions>, defaults: Defaults, most_lanes: usize) -> Self {
         let (sender, deliveries) = mpsc::channel(DELIVERIES);
-        let (lanes, named, ready) = (Vec::new(), HashMap::new(), Vec::new());
-        Self { access, sessions, defaults, sender, deliveries, lanes, named, most_lanes, ready }
+        let (lanes, named, ready) = (HashMap::new(), HashMap::new(), Vec::new());
+        Self { access, sessions, defaults, sender, deliveries, lanes, named, most_lanes, next_tag: 0, ready }
     }
 
     fn error(&self, error: &Error, stream_id: Option<&str>, out: &mut Frames) {
         out.push(&error_value(error, stream_id, self.access.request_id()));
     }
 
-    /// The lane of this name, made if it is new.
-    fn lane(&mut self, stream_id: &Option<Arc<str>>) -> Result<usize, Error> {
-        if let Some(at) = self.named.get(stream_id) {
-            return Ok(*at);
+    /// The lane of this name, made if it is new. Where there are as many as there may be, one that has nothing to do makes
+    /// room; its conversation can be gone on with by `previous_response_id`.
+    async fn lane(&mut self, stream_id: &Option<Arc<str>>) -> Result<u32, Error> {
+        if let Some(tag) = self.named.get(stream_id) {
+            return Ok(*tag);
         }
         if self.lanes.len() >= self.most_lanes {
-            return Err(Error::Conflict {
-                code: "too_many_streams",
-                message: format!(
-                    "A connection carries at most {} conversations. Use the stream_id of one that has ended, or another \
-                     connection.",
-                    self.most_lanes
-                ),
-            });
+            let idle = self.lanes.iter().filter(|(_, lane)| lane.open == 0 && lane.waiting.is_empty());
+            let Some(oldest) = idle.map(|(tag, _)| *tag).min() else {
+                return Err(Error::Conflict {
+                    code: "too_many_streams",
+                    message: format!(
+                        "A connection carries at most {} conversations at once. Wait for one to end, or use another \
+                         connection.",
+                        self.most_lanes
+                    ),
+                });
+            };
+            self.named.retain(|_, tag| *tag != oldest);
+            if let Some(Lane { session: Some(session), .. }) = self.lanes.remove(&oldest) {
+                let _ = session.send(None, Action::Leave).await;
+            }
         }
+        let tag = self.next_tag;
+        self.next_tag = self.next_tag.wrapping_add(1);
         let renderer = Renderer { stream_id: stream_id.clone(), ..Renderer::default() };
-        self.lanes.push(Lane { renderer, session: None, active: None, waiting: VecDeque::new() });
-        self.named.insert(stream_id.clone(), self.lanes.len() - 1);
-        Ok(self.lanes.len() - 1)
+        let lane = Lane { renderer, session: None, active: None, open: 0, latest: None, waiting: VecDeque::new() };
+        self.lanes.insert(tag, lane);
+        self.named.insert(stream_id.clone(), tag);
+        Ok(tag)
     }
 
     async fn create(&mut self, event: &Value) -> Result<(), Error> {
         let create = parse(event, &self.defaults)?;
-        let at = self.lane(&create.stream_id)?;
-        let lane = &mut self.lanes[at];
+        let tag = self.lane(&create.stream_id).await?;
+        let Some(lane) = self.lanes.get_mut(&tag) else { return Ok(()) };
         match (&lane.active, &create.stream_id) {
-            (None, _) => self.start(at, create).await,
+            (None, _) => self.start(tag, create).await,
             // The conversations of named lanes wait for each other, as the hosted service has it.
             (Some(_), Some(_)) if lane.waiting.len() < MOST_WAITING => {
                 lane.waiting.push_back(create);
@@ -676,12 +723,12 @@ impl Connection {
         }
     }
 
-    async fn start(&mut self, at: usize, create: Create) -> Result<(), Error> {
+    async fn start(&mut self, tag: u32, create: Create) -> Result<(), Error> {
         let Create { model, settings, mut input, previous, store, generate, .. } = create;
         let electron = self.access.model(&model)?;
         let (base, made_in) = base(previous.as_ref(), &mut input, &self.sessions, &*self.access)?;
         let watch = self.access.admit(&model)?;
-        let session = self.session(at, made_in, electron, &settings).await?;
+        let session = self.session(tag, made_in, electron, &settings).await?;
         let id = new_id("resp");
         let respond = Respond {
             id: id.clone(),
@@ -697,34 +744,47 @@ impl Connection {
             watch,
         };
         session.send(Some(id.clone()), Action::Respond(Box::new(respond))).await?;
-        // Filling the prefix cache does not keep a lane from being used.
-        self.lanes[at].active = generate.then_some(id);
+        if let Some(lane) = self.lanes.get_mut(&tag) {
+            lane.open += 1;
+            // Filling the prefix cache does not keep a lane from being used.
+            lane.active = generate.then_some(id);
+        }
         Ok(())
     }
 
     /// The session of a lane: its own, or the one whose conversation a client that came back goes on with, or a new one.
     async fn session(
         &mut self,
-        at: usize,
+        tag: u32,
         made_in: Option<Handle>,
         electron: Arc<crate::electron::Electron>,
         settings: &Settings,
     ) -> Result<Handle, Error> {
-        if let Some(own) = self.lanes[at].session.clone().filter(|own| !own.is_closed()) {
+        let own = self.lanes.get(&tag).and_then(|lane| lane.session.clone());
+        if let Some(own) = own.filter(|own| !own.is_closed()) {
             return Ok(own);
         }
-        let outlet = || Outlet { sender: self.sender.clone(), tag: at as u32 };
+        let outlet = || Outlet { sender: self.sender.clone(), tag };
+        let mut session = None;
         if let Some(made_in) = made_in
             && self.sessions.find(&made_in.about().id, self.access.owner()).is_ok()
             && made_in.attach(outlet(), OnLeave::CancelTurn, None, true).await.is_ok()
         {
-            self.lanes[at].session = Some(made_in.clone());
-            return Ok(made_in);
+            session = Some(made_in);
         }
-        let owner = self.access.owner().clone();
-        let session = self.sessions.open(electron, owner, "responses", settings.clone(), OnLeave::CancelTurn)?;
-        session.attach(outlet(), OnLeave::CancelTurn, None, false).await?;
-        self.lanes[at].session = Some(session.clone());
+        let session = match session {
+            Some(session) => session,
+            None => {
+                let owner = self.access.owner().clone();
+                let session =
+                    self.sessions.open(electron, owner, "responses", settings.clone(), OnLeave::CancelTurn)?;
+                session.attach(outlet(), OnLeave::CancelTurn, None, false).await?;
+                session
+            }
+        };
+        if let Some(lane) = self.lanes.get_mut(&tag) {
+            lane.session = Some(session.clone());
+        }
         Ok(session)
     }
 
@@ -737,16 +797,13 @@ impl Connection {
         let name = stream_id(&fields, &mut faults);
         let heard = fields.text("heard", &mut faults).map(|text| Heard::Text(text.to_owned()));
         faults.or(())?;
-        let of_response = |lane: &&Lane| lane.active.is_some() && (id.is_none() || lane.active == id);
-        let lane = match (&id, name) {
-            (None, name) => self.named.get(&name).map(|at| &self.lanes[*at]),
-            (Some(_), _) => {
-                self.lanes.iter().find(of_response).or_else(|| self.lanes.iter().find(|lane| lane.session.is_some()))
-            }
+        let lane = match &id {
+            None => self.named.get(&name).and_then(|tag| self.lanes.get(tag)),
+            Some(_) => self.lanes.values().find(|lane| lane.active == id || lane.latest == id),
         };
         // A response that is over needs no cancelling, and a client that is late to know needs no error.
         if let Some(session) = lane.and_then(|lane| lane.session.clone()) {
-            let _ = session.send(None, Action::Cancel(id, heard)).await;
+            let _ = session.send(Some(CANCEL.into()), Action::Cancel(id, heard)).await;
         }
         Ok(())
     }
@@ -763,7 +820,7 @@ impl Connection {
             return Err(faults.into_error());
         };
         faults.or(())?;
-        let session = self.named.get(&name).and_then(|at| self.lanes[*at].session.clone());
+        let session = self.named.get(&name).and_then(|tag| self.lanes.get(tag)?.session.clone());
         let session = session.ok_or_else(|| {
             Error::invalid("response_id", format!("`{id}` is not the latest response of this conversation"))
         })?;
@@ -771,29 +828,42 @@ impl Connection {
     }
 
     fn render(&mut self, delivery: &Delivery, out: &mut Frames) {
-        let at = delivery.tag as usize;
-        let Some(lane) = self.lanes.get_mut(at) else { return };
+        let tag = delivery.tag;
+        let Some(lane) = self.lanes.get_mut(&tag) else { return };
         match &*delivery.event {
-            Event::Ended(response) if lane.active.as_ref() == Some(&response.id) => {
-                lane.active = None;
-                self.ready.push(at);
+            Event::Ended(response) => {
+                lane.open = lane.open.saturating_sub(1);
+                lane.latest = Some(response.id.clone());
+                if lane.active.as_ref() == Some(&response.id) {
+                    lane.active = None;
+                    self.ready.push(tag);
+                }
             }
             Event::Refused { cause, error } => {
-                let refused = cause.is_some() && *cause == lane.active;
-                if refused {
-                    lane.active = None;
-                    self.ready.push(at);
+                if cause.as_deref().is_some_and(|cause| cause.starts_with("resp_")) {
+                    lane.open = lane.open.saturating_sub(1);
                 }
-                // A cancel that came too late is refused without a cause; nobody is told.
-                if cause.is_some() {
+                if cause.is_some() && *cause == lane.active {
+                    lane.active = None;
+                    self.ready.push(tag);
+                }
+                // A cancel that comes too late is no fault of anybody.
+                if error.code() != Some("response_cancel_not_active") {
                     let stream_id = lane.renderer.stream_id.clone();
-                    self.error(&flat(error.clone()), stream_id.as_deref(), out);
+                    self.error(&renamed(error.clone()), stream_id.as_deref(), out);
                 }
                 return;
             }
             _ => {}
         }
-        self.lanes[at].renderer.render(&delivery.event, out);
+        if let Some(lane) = self.lanes.get_mut(&tag) {
+            lane.renderer.render(&delivery.event, out);
+        }
+    }
+
+    /// The next request of a lane that can be answered now.
+    fn next_waiting(&mut self, tag: u32) -> Option<Create> {
+        self.lanes.get_mut(&tag).filter(|lane| lane.active.is_none())?.waiting.pop_front()
     }
 }
 
@@ -805,14 +875,17 @@ impl Protocol for Connection {
             "response.cancel" => self.cancel(&event).await,
             "response.truncate" => self.truncate(&event).await,
             "response.steer" => {
-                out.push(&json!({
+                let mut failed = json!({
                     "type": "response.steer.failed",
                     "sequence_number": 0,
                     "error": {"type": "invalid_request_error", "code": "steering_not_supported",
                               "message": "Responses are not steered here; cancel this one and create another."},
                     "steer": {"previous_response_id": event["previous_response_id"], "input": event["input"]},
-                    "stream_id": event["stream_id"],
-                }));
+                });
+                if event["stream_id"].is_string() {
+                    failed["stream_id"] = event["stream_id"].clone();
+                }
+                out.push(&failed);
                 Ok(())
             }
             other => {
@@ -844,12 +917,10 @@ impl Protocol for Connection {
     }
 
     async fn settle(&mut self, out: &mut Frames) {
-        while let Some(at) = self.ready.pop() {
-            while self.lanes[at].active.is_none()
-                && let Some(create) = self.lanes[at].waiting.pop_front()
-            {
-                if let Err(e) = self.start(at, create).await {
-                    let stream_id = self.lanes[at].renderer.stream_id.clone();
+        while let Some(tag) = self.ready.pop() {
+            while let Some(create) = self.next_waiting(tag) {
+                let stream_id = create.stream_id.clone();
+                if let Err(e) = self.start(tag, create).await {
                     self.error(&e, stream_id.as_deref(), out);
                 }
             }
@@ -857,7 +928,7 @@ impl Protocol for Connection {
     }
 
     fn is_busy(&self) -> bool {
-        self.lanes.iter().any(|lane| lane.active.is_some())
+        self.lanes.values().any(|lane| lane.active.is_some())
     }
 }
 
@@ -905,7 +976,7 @@ pub async fn answer(
     // Until the first event the status is open.
     let first = deliveries.recv().await.ok_or_else(broken)?;
     if let Event::Refused { error, .. } = &*first.event {
-        return Err(flat(error.clone()));
+        return Err(renamed(error.clone()));
     }
     if stream {
         let mut response = HttpResponse::new(Body::from_stream(sse(first, deliveries)));
@@ -915,16 +986,22 @@ pub async fn answer(
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         return Ok(response);
     }
+    let mut renderer = Renderer::default();
     loop {
         let delivery = deliveries.recv().await.ok_or_else(broken)?;
-        if let Event::Ended(response) = &*delivery.event {
-            if let Some(Outcome::Failed(error)) = &response.outcome {
-                return Err(error.clone());
+        match &*delivery.event {
+            Event::Text { at, logprobs, .. } => renderer.note(at.index, logprobs),
+            Event::Ended(response) => {
+                if let Some(Outcome::Failed(error)) = &response.outcome {
+                    return Err(error.clone());
+                }
+                let body =
+                    serde_json::to_vec(&renderer.response(response)).map_err(|e| Error::Internal(e.to_string()))?;
+                let mut answer = HttpResponse::new(Body::from(body));
+                answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                return Ok(answer);
             }
-            let body = serde_json::to_vec(&response_value(response)).map_err(|e| Error::Internal(e.to_string()))?;
-            let mut answer = HttpResponse::new(Body::from(body));
-            answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-            return Ok(answer);
+            _ => {}
         }
     }
 }

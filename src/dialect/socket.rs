@@ -115,6 +115,8 @@ pub fn configure(upgrade: WebSocketUpgrade, limits: &Limits) -> WebSocketUpgrade
 /// Serves a connection to its end.
 pub async fn serve(mut socket: WebSocket, mut protocol: impl Protocol, limits: Limits) {
     let flow = exchange(&mut socket, &mut protocol, &limits).await;
+    // What is read no more is stopped before the goodbye.
+    drop(protocol);
     let Flow::Close(code, reason) = flow else { return };
     tracing::debug!(code, %reason, "closing");
     let frame = CloseFrame { code, reason: reason.as_ref().into() };

@@ -113,7 +113,7 @@ impl Electron {
             let prompt = electron.template.tokenize(&rendered)?;
             let context = electron.model().context;
             if prompt.len() >= context {
-                return Err(Error::ContextLength { context, prompt: prompt.len(), asked: None });
+                return Err(Error::ContextLength { context, prompt: prompt.len(), asked: None, param: "messages" });
             }
             Ok(prompt)
         };
@@ -161,7 +161,9 @@ impl Electron {
         let room = context.saturating_sub(prompt_tokens);
         let asked = turn.sampling.max_tokens;
         if room == 0 || asked.is_some_and(|asked| asked > room) {
-            return Err(Error::ContextLength { context, prompt: prompt_tokens, asked: asked.filter(|_| room > 0) });
+            let asked = asked.filter(|_| room > 0);
+            let param = if asked.is_some() { "max_tokens" } else { "messages" };
+            return Err(Error::ContextLength { context, prompt: prompt_tokens, asked, param });
         }
         let max_tokens = asked.unwrap_or(room);
 

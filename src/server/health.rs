@@ -37,6 +37,8 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
         metrics::gauge!("electron_prefix_cache_bytes").set(gauges.prefix_cache_bytes as f64);
         metrics::counter!("electron_prefix_cache_flushes_total").absolute(gauges.prefix_cache_flushes);
     }
+    metrics::gauge!("electron_sessions").set(app.sessions.count() as f64);
+    metrics::gauge!("electron_websockets").set(app.sockets.len() as f64);
     app.metrics.run_upkeep();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render())
 }

@@ -61,6 +61,8 @@ use crate::{
 
 /// The public contract of all HTTP routes.
 const OPENAPI: &str = include_str!("../../proto/openapi.yaml");
+/// The public contract of all WebSockets.
+const ASYNCAPI: &str = include_str!("../../proto/asyncapi.yaml");
 
 /// What every handler shares.
 pub struct App {
@@ -156,7 +158,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
-        .route("/openapi.yaml", get(openapi))
+        .route("/openapi.yaml", get(|| yaml(OPENAPI)))
+        .route("/asyncapi.yaml", get(|| yaml(ASYNCAPI)))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(cors(&app.config.server.cors_origins))
@@ -213,8 +216,8 @@ async fn model(
     Ok(Json(list["data"][0].take()))
 }
 
-async fn openapi() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "application/yaml")], OPENAPI)
+async fn yaml(text: &'static str) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/yaml")], text)
 }
 
 async fn not_found(request: Request) -> Error {

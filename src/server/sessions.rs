@@ -176,22 +176,28 @@ pub(super) async fn client_secret(
     };
     let session = body.remove("session").filter(|value| !value.is_null()).unwrap_or_else(|| json!({}));
     let model = session.get("model").and_then(Value::as_str).unwrap_or(&app.config.model.name).to_owned();
-    let electron = app.model(&model, &caller)?;
+    let electron = app.model(&model, &caller).map_err(|e| match e {
+        Error::ModelNotFound(_) => Error::invalid("model", e.to_string()).under(&["session".into()]),
+        other => other,
+    })?;
     let settings = realtime::settings(&session, &Settings::new(&model, app.config.electron.filler), "session")?;
-    electron.check_tools(settings.tools.clone()).await?;
+    electron.check_tools(settings.tools.clone()).await.map_err(realtime::in_session)?;
     let seconds = match body.get("expires_after").filter(|value| !value.is_null()) {
         None => 600,
-        Some(expiry) => {
-            expiry["seconds"].as_u64().filter(|seconds| (10..=7200).contains(seconds)).ok_or_else(|| {
-                Error::invalid("expires_after", "expires_after.seconds has to be a whole number from 10 to 7200")
-            })?
-        }
+        Some(expiry) => whole(&expiry["seconds"]).filter(|seconds| (10..=7200).contains(seconds)).ok_or_else(|| {
+            Error::invalid("expires_after", "expires_after.seconds has to be a whole number from 10 to 7200")
+        })?,
     };
     let mut value = realtime::session_value(&crate::session::new_id("sess"), &settings);
     let secret = app.auth.new_secret(&caller, settings, seconds)?;
     let expires_at = now() + seconds;
     value["expires_at"] = expires_at.into();
     Ok(Json(json!({"value": secret, "expires_at": expires_at, "session": value})))
+}
+
+/// JSON has one kind of number: 600.0 is whole.
+fn whole(value: &Value) -> Option<u64> {
+    value.as_u64().or_else(|| value.as_f64().filter(|n| n.fract() == 0.0 && *n >= 0.0).map(|n| n as u64))
 }
 
 // === sessions ===

@@ -99,6 +99,8 @@ fn describe() {
     describe_counter!("electron_completion_tokens_total", "Generated tokens.");
     describe_counter!("electron_prefix_cache_flushes_total", "Times that the prefix cache was emptied.");
     describe_gauge!("electron_queue_length", "Turns that wait for a slot.");
+    describe_gauge!("electron_sessions", "Sessions, with and without a connection.");
+    describe_gauge!("electron_websockets", "Open WebSockets.");
     describe_gauge!("electron_running", "Turns and warm-ups that run.");
     describe_gauge!("electron_prefix_cache_bytes", Unit::Bytes, "What the prefix cache may hold at this moment.");
     describe_histogram!(

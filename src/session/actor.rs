@@ -21,7 +21,10 @@ use std::{
 };
 
 use futures::{Stream, StreamExt, future, stream};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::mpsc::{self, OwnedPermit},
+    time::Instant,
+};
 
 use super::{
     Action, Attach, Attached, Base, Command, Delivery, Handle, Heard, Limits, OnLeave, Outlet, Respond, Sessions,
@@ -111,7 +114,7 @@ enum Wake {
     Command(Option<Box<Command>>),
     Step(usize, Option<Step>),
     Warmed(Usage),
-    Room,
+    Room(OwnedPermit<Delivery>),
     Left,
     Expired,
 }
@@ -164,7 +167,7 @@ impl Actor {
                     self.step(at, Step::Failed(Error::EngineFailed("it stopped in the middle of an answer".into())));
                 }
                 Wake::Warmed(usage) => self.warmed(usage),
-                Wake::Room => self.log.send(self.outlet.as_ref(), self.on_leave),
+                Wake::Room(permit) => self.log.send_by(permit, self.outlet.as_ref(), self.on_leave),
                 Wake::Left if self.on_leave == OnLeave::End => break,
                 Wake::Left => self.left(),
                 Wake::Expired | Wake::Command(None) => break,
@@ -174,10 +177,8 @@ impl Actor {
         // A reader that is slow gets what can still be sent.
         let rest = async {
             while let (true, Some(outlet)) = (self.log.has_unsent(), &self.outlet) {
-                if outlet.sender.reserve().await.is_err() {
-                    break;
-                }
-                self.log.send(self.outlet.as_ref(), self.on_leave);
+                let Ok(permit) = outlet.sender.clone().reserve_owned().await else { break };
+                self.log.send_by(permit, self.outlet.as_ref(), self.on_leave);
             }
         };
         let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
@@ -202,8 +203,7 @@ impl Actor {
         };
         let room = async {
             match outlet.as_ref().filter(|_| log.has_unsent()) {
-                // The place that was free is taken by the next to send.
-                Some(outlet) => drop(outlet.sender.reserve().await),
+                Some(outlet) => outlet.sender.clone().reserve_owned().await,
                 None => future::pending().await,
             }
         };
@@ -224,7 +224,7 @@ impl Actor {
             command = commands.recv() => Wake::Command(command),
             () = left => Wake::Left,
             (at, step) = steps => Wake::Step(at, step),
-            () = room => Wake::Room,
+            Ok(permit) = room => Wake::Room(permit),
             usage = warmed => Wake::Warmed(usage),
             () = expired => Wake::Expired,
         }
@@ -239,7 +239,11 @@ impl Actor {
                 self.warm_up();
             }
             Action::Add(item, place) => {
-                self.history.add(item.clone(), place, self.limits.history)?;
+                let in_item = |e: Error| match e.param().as_deref() {
+                    Some("previous_item_id") => e,
+                    _ => e.under(&["item".into()]),
+                };
+                self.history.add(item.clone(), place, self.limits.history).map_err(in_item)?;
                 let previous = self.history.view().previous(&item.id);
                 self.emit(Event::ItemAdded { item, previous });
             }
@@ -255,6 +259,7 @@ impl Actor {
             Action::Truncate(spoken, heard) => self.truncate(&spoken, &heard)?,
             Action::Respond(respond) => self.respond(cause, *respond)?,
             Action::Cancel(response, heard) => self.cancel(response, heard)?,
+            Action::Leave => self.left(),
             Action::Partial(text) => {
                 self.partial = Some(text);
                 self.warm_up();
@@ -342,6 +347,10 @@ impl Actor {
         }
         // From here on it is accepted, or puts everything back.
         self.partial = None;
+        if self.on_leave != OnLeave::GoOn {
+            // In this dialect settings come with each request, and the next will most likely bring the same.
+            self.settings = settings.clone();
+        }
         if let Some(Warming { response: Some((assembly, keep)), .. }) = self.warming.take() {
             self.end_warm_up(assembly, keep, Usage::default());
         }
@@ -578,12 +587,7 @@ impl Actor {
         if view.items.is_empty() && self.settings.instructions.is_empty() && self.settings.tools.is_empty() {
             return;
         }
-        // A dialect whose settings come with each request warms up with the latest.
-        let settings = self.latest.as_ref().map_or(&self.settings, |latest| match self.on_leave {
-            OnLeave::CancelTurn => &latest.settings,
-            _ => &self.settings,
-        });
-        let turn = waiting_turn(settings, view, self.partial.clone());
+        let turn = waiting_turn(&self.settings, view, self.partial.clone());
         let electron = self.electron.clone();
         // Whether it succeeds shows in the next turn's cached tokens.
         let work = async move { electron.warm(turn).await.unwrap_or_default() };
@@ -744,7 +748,7 @@ async fn start(electron: &Arc<Electron>, settings: &Settings, mut view: View) ->
             trimmed.extend(oldest);
         }
         if trimmed.len() == before {
-            return Err(Error::ContextLength { context, prompt, asked: Some(room) });
+            return Err(Error::ContextLength { context, prompt, asked: Some(room), param: "messages" });
         }
     }
 }
@@ -801,15 +805,32 @@ impl Log {
     /// Hands on what the reader has room for. Only a session that can be resumed keeps what was sent.
     fn send(&mut self, outlet: Option<&Outlet>, on_leave: OnLeave) {
         let Some(outlet) = outlet else { return };
-        while self.has_unsent() {
-            let event = self.events[(self.next - self.first) as usize].clone();
-            if outlet.sender.try_send(Delivery { tag: outlet.tag, number: self.next, event }).is_err() {
-                return;
-            }
-            self.next += 1;
-            if on_leave != OnLeave::GoOn {
-                self.drop_first();
-            }
+        while let Some(delivery) = self.unsent_first(outlet)
+            && outlet.sender.try_send(delivery).is_ok()
+        {
+            self.sent(on_leave);
+        }
+    }
+
+    /// Uses a place that was waited for. (Sessions that share a channel wait in a queue for its places, so one that gave its
+    /// place back to take it again would find it gone.)
+    fn send_by(&mut self, place: OwnedPermit<Delivery>, outlet: Option<&Outlet>, on_leave: OnLeave) {
+        if let Some(delivery) = outlet.and_then(|outlet| self.unsent_first(outlet)) {
+            place.send(delivery);
+            self.sent(on_leave);
+        }
+        self.send(outlet, on_leave);
+    }
+
+    fn unsent_first(&self, outlet: &Outlet) -> Option<Delivery> {
+        let event = self.events.get((self.next - self.first) as usize)?.clone();
+        Some(Delivery { tag: outlet.tag, number: self.next, event })
+    }
+
+    fn sent(&mut self, on_leave: OnLeave) {
+        self.next += 1;
+        if on_leave != OnLeave::GoOn {
+            self.drop_first();
         }
         if self.events.is_empty() {
             self.events = VecDeque::new();

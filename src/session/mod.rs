@@ -144,6 +144,8 @@ pub enum Action {
     Cancel(Option<Id>, Option<Heard>),
     /// The caller is still speaking, and this is what they said so far.
     Partial(String),
+    /// Send events here no more.
+    Leave,
     /// Look into it.
     Describe(oneshot::Sender<Snapshot>),
     /// End it.

@@ -7,11 +7,17 @@ import httpx
 import jsonschema_rs
 import pytest
 import schemathesis
+import websockets.sync.client
 import yaml
-from cases import CLOCK, MODEL, TOOLS, VOICE_PROMPT, WEATHER, said
+from cases import CLOCK, FLAT_TOOLS, MODEL, TOOLS, VOICE_PROMPT, WEATHER, flat, said
 from conftest import KEYS
+from contract import Contracts
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
+SECRETS = "/v1/realtime/client_secrets"
+
+AUTHORIZED = {"Authorization": f"Bearer {KEYS['normal']}"}
 
 SETTINGS = {
     # The same examples in every run: what fails, fails again.
@@ -21,10 +27,18 @@ SETTINGS = {
     "checks": {"positive_data_acceptance": {"expected-statuses": [200]}},
     "operations": [
         # Both prefixes have one handler, so that its fields need to be gone through only once.
-        {"include-path": f"/waves{CHAT}", "phases": {"coverage": {"enabled": False}}},
+        {"include-path-regex": "^/waves", "phases": {"coverage": {"enabled": False}}},
         {
-            "include-path-regex": "models/",
+            "include-path-regex": "{id}",
             "checks": {"positive_data_acceptance": {"expected-statuses": [200, 404]}},
+        },
+        # These requests ask for no upgrade. What follows one is the part of test_async_contract.py.
+        {
+            "include-operation-id-regex": "^connect",
+            "checks": {
+                "positive_data_acceptance": {"expected-statuses": [426]},
+                "negative_data_rejection": {"expected-statuses": [401, 405, 426]},
+            },
         },
     ],
 }
@@ -59,10 +73,11 @@ def contract(server):
 def loose(contract):
     """The contract without the rules between fields.
 
-    They would keep the generator from trying each field on its own; `repaired` keeps to them instead.
+    They would keep the generator from trying each field on its own; `REPAIRS` keep to them instead.
     """
     document = copy.deepcopy(contract.document)
-    del document["components"]["schemas"]["ChatCompletionRequest"]["allOf"]
+    for name in ("ChatCompletionRequest", "ResponseFields"):
+        del document["components"]["schemas"][name]["allOf"]
     return Contract(document)
 
 
@@ -76,25 +91,62 @@ def generated(server, loose):
 schema = schemathesis.pytest.from_fixture("generated")
 
 
+@pytest.fixture(scope="session")
+def closed(contract):
+    """The contract, which allows no field that it does not list."""
+    return Contracts({"openapi.yaml": contract.document})
+
+
+@pytest.fixture(scope="session")
+def kept(server):
+    """What can be looked up, by the beginning of its path: a response, and a session for as long as it is open."""
+    body = {"model": MODEL, "input": said("Say hello."), "max_output_tokens": 2}
+    response = ask(server, "POST", RESPONSES, json=body).json()
+    url = f"{server.url.replace('http:', 'ws:')}/v1/realtime"
+    with websockets.sync.client.connect(url, additional_headers=AUTHORIZED) as session:
+        created = json.loads(session.recv(10))
+        yield {f"{RESPONSES}/": response["id"], "/v1/sessions/": created["session"]["id"]}
+
+
 @schema.parametrize()
-def test_every_route_keeps_the_contract(case, contract, loose):
-    chat = case.operation.path.endswith(CHAT)
-    if chat and isinstance(case.body, dict):
-        valid = loose.validator("ChatCompletionRequest").is_valid(case.body)
+def test_every_route_keeps_the_contract(case, contract, loose, closed, kept):
+    path = case.operation.path.removeprefix("/waves")
+    asks = path in REPAIRS and case.operation.method.upper() == "POST"
+    name, repaired = REPAIRS.get(path, (None, None))
+    if asks and isinstance(case.body, dict):
+        valid = loose.validator(name).is_valid(case.body)
         case.body = repaired(case.body) if valid else bounded(case.body)
+    if case.operation.method.upper() == "GET":
+        for beginning, known in kept.items():
+            if path.startswith(beginning):
+                case.path_parameters["id"] = known
+                # It would have to be one of the items.
+                case.query.pop("after", None)
     answer = case.call_and_validate(timeout=120)
     # Some cases try other methods.
-    if chat and answer.request.method == "POST" and answer.status_code == 200:
-        contract.validator("ChatCompletionRequest").validate(case.body)
+    if asks and answer.request.method == "POST" and answer.status_code == 200:
+        contract.validator(name).validate(case.body)
         if answer.headers["content-type"] == ["text/event-stream"]:
-            check_stream(contract, answer.text)
+            check = check_stream if path == CHAT else check_events
+            check(closed, answer.text)
 
 
-def check_stream(contract, text):
+def check_stream(closed, text):
     *chunks, done, end = text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     for chunk in chunks:
-        contract.validator("ChatCompletionChunk").validate(json.loads(chunk.removeprefix("data: ")))
+        closed.check(json.loads(chunk.removeprefix("data: ")), "openapi.yaml#/components/schemas/ChatCompletionChunk")
+
+
+def check_events(closed, text):
+    *events, end = text.split("\n\n")
+    assert end == ""
+    events = [event.split("\n") for event in events]
+    for number, (kind, data) in enumerate(events):
+        event = json.loads(data.removeprefix("data: "))
+        assert (event["type"], event["sequence_number"]) == (kind.removeprefix("event: "), number)
+        closed.check(event, "openapi.yaml#/components/schemas/ResponseEvent")
+    assert events[-1][0] in ("event: response.completed", "event: response.incomplete")
 
 
 # === Requests that end soon ===
@@ -103,30 +155,37 @@ def check_stream(contract, text):
 def bounded(body):
     """A body that is meant to be refused; should it be served, then not for long."""
     body = dict(body)
-    for field in ("max_tokens", "max_completion_tokens"):
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if isinstance(body.get(field), int) and body[field] > 0:
             body[field] = 1
     body.setdefault("max_tokens", 1)
+    body.setdefault("max_output_tokens", 1)
     return body
 
 
-def repaired(body):
-    """A body that keeps to the rules which no schema can say, and asks for few tokens."""
-    body = copy.deepcopy(body)
-    body["model"] = MODEL
-    # Long prompts take long; that 200 messages and 64 tools are allowed is tested elsewhere.
-    body["messages"] = list(answered(body["messages"][:8]))
+def repair_tools(body, default, inner=lambda tool: tool):
+    """Gives tools names of their own and a schema that can be used. Says whether one of them has to be called."""
+    # Long prompts take long; that 64 tools are allowed is tested elsewhere.
     body["tools"] = body.get("tools") and body["tools"][:8]
     for at, tool in enumerate(body["tools"] or []):
-        tool["function"]["name"] = f"tool_{at}"
-        if tool["function"].get("parameters"):
-            tool["function"]["parameters"] = CLOCK["function"]["parameters"]
+        inner(tool)["name"] = f"tool_{at}"
+        if inner(tool).get("parameters"):
+            inner(tool)["parameters"] = CLOCK["function"]["parameters"]
     choice = body.get("tool_choice")
     forced = choice == "required" or isinstance(choice, dict)
     if choice == "auto" or forced:
-        body["tools"] = body.get("tools") or [CLOCK]
+        body["tools"] = body.get("tools") or [copy.deepcopy(default)]
     if isinstance(choice, dict):
-        choice["function"]["name"] = body["tools"][0]["function"]["name"]
+        inner(choice)["name"] = inner(body["tools"][0])["name"]
+    return forced
+
+
+def repaired_chat(body):
+    """A body that keeps to the rules which no schema can say, and asks for few tokens."""
+    body = copy.deepcopy(body)
+    body["model"] = MODEL
+    body["messages"] = list(answered(body["messages"][:8]))
+    forced = repair_tools(body, CLOCK, lambda tool: tool["function"])
     if body.get("top_logprobs") is not None:
         body["logprobs"] = True
     named = (body.get("response_format") or {}).get("json_schema")
@@ -152,26 +211,86 @@ def answered(messages):
         yield {"role": "user", "content": "Hi."}
 
 
+def repaired_response(body):
+    body = copy.deepcopy(body)
+    body["model"] = MODEL
+    # That one can be continued is tested elsewhere.
+    body.pop("previous_response_id", None)
+    if isinstance(body.get("input"), list):
+        body["input"] = list(consistent(body["input"][:8]))
+    forced = repair_tools(body, flat(CLOCK))
+    form = (body.get("text") or {}).get("format") or {}
+    if "schema" in form:
+        form["schema"] = WEATHER["function"]["parameters"]
+    repair_bytes(body)
+    body["max_output_tokens"] = 24 if forced else 2
+    return body
+
+
+def repaired_secret(body):
+    body = copy.deepcopy(body)
+    session = body.get("session")
+    if session:
+        session.pop("model", None)
+        repair_tools(session, flat(CLOCK))
+        repair_bytes(session)
+    return body
+
+
+def consistent(items):
+    """The items with ids of their own, and with outputs that answer a call."""
+    calls = []
+    for at, item in enumerate(items):
+        item = {**item, "id": f"item_{at}"}
+        if item.get("type") == "function_call":
+            item["call_id"] = f"call_{at}"
+            calls.append(item["call_id"])
+        if item.get("type") == "function_call_output":
+            if not calls:
+                continue
+            item["call_id"] = calls.pop()
+        yield item
+
+
+def repair_bytes(body):
+    """A schema counts letters where the server counts bytes."""
+    if body.get("metadata"):
+        body["metadata"] = {f"name_{at}": "value" for at in range(len(body["metadata"]))}
+    if body.get("stream_id"):
+        body["stream_id"] = "lane"
+
+
+REPAIRS = {
+    CHAT: ("ChatCompletionRequest", repaired_chat),
+    RESPONSES: ("ResponseRequest", repaired_response),
+    SECRETS: ("ClientSecretRequest", repaired_secret),
+}
+
+
 # === The document itself ===
 
 
 def test_its_examples_are_requests_that_it_allows(contract):
-    content = contract.document["components"]["requestBodies"]["ChatCompletion"]["content"]["application/json"]
-    for example in content["examples"].values():
-        contract.validator("ChatCompletionRequest").validate(example["value"])
+    checked = 0
+    for body in contract.document["components"]["requestBodies"].values():
+        content = body["content"]["application/json"]
+        for example in content["examples"].values():
+            contract.validator(content["schema"]).validate(example["value"])
+            checked += 1
+    assert checked > 8
 
 
 def test_its_example_answers_are_answers(contract):
     responses = contract.document["components"]["responses"]
     checked = 0
     for response in responses.values():
-        for content in response["content"].values():
+        for content in response.get("content", {}).values():
             given = [entry["value"] for entry in content.get("examples", {}).values()]
             given += [content["example"]] if "example" in content else []
             for example in given:
                 contract.validator(content["schema"]).validate(example)
                 checked += 1
-    assert checked > 8
+    assert checked > 16
 
 
 RULES = {
@@ -187,12 +306,39 @@ RULES = {
 def test_the_rules_between_fields(server, contract, fields):
     body = {"model": MODEL, "messages": said("Hi."), "max_tokens": 1, **fields}
     assert not contract.validator("ChatCompletionRequest").is_valid(body)
-    answer = httpx.post(f"{server.url}{CHAT}", json=body, headers={"Authorization": f"Bearer {KEYS['normal']}"})
+    answer = ask(server, "POST", CHAT, json=body)
     assert answer.status_code == 400
     contract.validator("Error").validate(answer.json())
 
 
-def test_a_stream_of_speech_and_calls_keeps_the_contract(server, contract):
+# === Stories ===
+
+
+def ask(server, method, path, key=KEYS["normal"], **options):
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.request(method, server.url + path, headers=headers, timeout=120, **options)
+
+
+@pytest.fixture
+def told(server, closed):
+    """Asks, and gives what is answered, which the contract allows at this route with this status."""
+
+    def tell(status, method, route, *ids, **options):
+        answer = ask(server, method, route.format(*ids), **options)
+        assert answer.status_code == status, answer.text
+        closed.check(answer.json(), schema_of_answer(closed, route.replace("{}", "{id}"), method, status))
+        return answer.json()
+
+    return tell
+
+
+def schema_of_answer(closed, path, method, status):
+    path = path.partition("?")[0]
+    answer = closed.documents["openapi.yaml"]["paths"][path][method.lower()]["responses"][str(status)]
+    return f"openapi.yaml{answer['$ref']}/content/application~1json/schema"
+
+
+def test_a_stream_of_speech_and_calls_keeps_the_contract(server, closed):
     body = {
         "model": MODEL,
         "messages": said("How is the weather?", VOICE_PROMPT),
@@ -202,8 +348,103 @@ def test_a_stream_of_speech_and_calls_keeps_the_contract(server, contract):
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    answer = httpx.post(
-        f"{server.url}{CHAT}", json=body, headers={"Authorization": f"Bearer {KEYS['normal']}"}, timeout=120
-    )
+    answer = ask(server, "POST", CHAT, json=body)
     assert answer.status_code == 200
-    check_stream(contract, answer.text)
+    check_stream(closed, answer.text)
+
+
+CALLING = {
+    "model": MODEL,
+    "instructions": VOICE_PROMPT,
+    "input": "How is the weather?",
+    "tools": FLAT_TOOLS,
+    "tool_choice": "required",
+    "max_output_tokens": 64,
+}
+
+
+def test_streamed_responses_keep_the_contract(server, closed):
+    for body in (
+        {**CALLING, "stream": True},
+        {"model": MODEL, "input": "Say hello.", "max_output_tokens": 4, "stream": True, "top_logprobs": 2},
+    ):
+        answer = ask(server, "POST", RESPONSES, json=body)
+        assert answer.status_code == 200
+        check_events(closed, answer.text)
+
+
+@pytest.mark.parametrize("prefix", ["", "/waves"])
+def test_the_life_of_a_response(told, prefix):
+    created = told(200, "POST", f"{prefix}/v1/responses", json=CALLING)
+    known = f"{prefix}/v1/responses/{{}}"
+    assert told(200, "GET", known, created["id"]) == created
+    told(400, "GET", f"{known}?stream=true", created["id"])
+    [item] = told(200, "GET", f"{known}/input_items", created["id"])["data"]
+    assert item["content"] == [{"type": "input_text", "text": CALLING["input"]}]
+    told(400, "GET", f"{known}/input_items?after=msg_unknown", created["id"])
+    assert told(400, "POST", f"{known}/cancel", created["id"])["error"]["code"] == "response_cancel_not_active"
+    outputs = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "Rain."}
+        for item in created["output"]
+        if item["type"] == "function_call"
+    ]
+    going_on = {"model": MODEL, "max_output_tokens": 2, "previous_response_id": created["id"]}
+    second = told(200, "POST", f"{prefix}/v1/responses", json={**going_on, "input": outputs})
+    assert second["previous_response_id"] == created["id"]
+    assert len(told(200, "GET", f"{known}/input_items?order=asc", second["id"])["data"]) == len(outputs)
+    told(200, "DELETE", known, created["id"])
+    for method, end in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
+        told(404, method, known + end, created["id"])
+    gone = told(400, "POST", f"{prefix}/v1/responses", json=going_on)
+    assert gone["error"]["code"] == "previous_response_not_found"
+
+
+def test_a_response_that_is_stopped(server, told, closed):
+    body = {"model": MODEL, "input": "Tell me a long story.", "max_output_tokens": 2000, "stream": True}
+    events = []
+    with httpx.stream("POST", server.url + RESPONSES, headers=AUTHORIZED, json=body, timeout=120) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            events.append(json.loads(line.removeprefix("data: ")))
+            closed.check(events[-1], "openapi.yaml#/components/schemas/ResponseEvent")
+            if len(events) == 5:
+                running = told(200, "GET", f"{RESPONSES}/{{}}", events[0]["response"]["id"])
+                assert running["status"] == "in_progress"
+                going_on = {"model": MODEL, "previous_response_id": running["id"]}
+                early = told(400, "POST", RESPONSES, json=going_on)
+                assert early["error"]["code"] == "response_not_completed"
+                stopped = told(200, "POST", f"{RESPONSES}/{{}}/cancel", running["id"])
+    assert events[-1]["response"] == stopped
+    assert stopped["incomplete_details"] == {"reason": "cancelled"}
+
+
+def test_the_life_of_a_session(told, kept):
+    session = kept["/v1/sessions/"]
+    sessions = told(200, "GET", "/v1/sessions")
+    assert session in [one["id"] for one in sessions["data"]]
+    assert told(200, "GET", f"/v1/sessions?limit=1&after={session}")["data"] == []
+    told(400, "GET", "/v1/sessions?limit=0")
+    assert told(200, "GET", "/v1/sessions/{}", session)["items"] == []
+    told(404, "GET", "/v1/sessions/{}", "sess_unknown")
+    told(404, "DELETE", "/v1/sessions/{}", "sess_unknown")
+
+
+def test_a_client_secret_opens_sessions_and_nothing_else(server, told):
+    secret = told(200, "POST", SECRETS, json={"session": {"instructions": "Be brief."}})["value"]
+    told(400, "POST", SECRETS, json={"expires_after": {"seconds": 1}})
+    for method, route in (
+        ("POST", SECRETS),
+        ("POST", RESPONSES),
+        ("GET", RESPONSES),
+        ("GET", "/v1/sessions"),
+        ("GET", "/v1/models"),
+    ):
+        told(403, method, route, key=secret)
+    told(426, "GET", "/v1/realtime", key=secret)
+
+
+def test_what_is_no_websocket(told):
+    for route in (RESPONSES, f"/waves{RESPONSES}", "/v1/realtime"):
+        told(426, "GET", route)
+        told(401, "GET", route, key="wrong")

@@ -209,7 +209,7 @@ impl Default for Model {
             context: 0,
             slots: 1,
             queue: 64,
-            prefix_cache: ByteSize::gib(2),
+            prefix_cache: ByteSize::gib(4),
             warm_up_step: 64,
         }
     }

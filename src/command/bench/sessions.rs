@@ -245,7 +245,7 @@ async fn barge_ins(server: &Server, options: &Options, rng: &mut StdRng) -> Resu
     talk.send(&with(create("", 1, &Value::Null), json!({"generate": false, "input": []}))).await?;
     let mut previous = talk.until(&["response.completed"]).await?["response"]["id"].clone();
     for at in 0..options.samples {
-        talk.send(&create("Count from one to one hundred, in words.", 60, &previous)).await?;
+        talk.send(&create("Please tell me a long story about a house, a man and a dog.", 60, &previous)).await?;
         let mut heard = Vec::new();
         let cut = 4 + at % 8;
         let kinds = ["response.output_text.delta", "response.completed", "response.incomplete", "response.failed"];

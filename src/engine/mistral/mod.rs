@@ -102,7 +102,7 @@ impl WarmUp {
 }
 
 /// After so long without a caller, warm-ups take larger steps.
-const CALM: Duration = Duration::from_secs(2);
+const CALM: Duration = Duration::from_millis(700);
 /// How many times larger.
 const CALM_STEPS: usize = 4;
 /// What is missing of a prompt is not computed ahead when it is less than this many tokens: it would cost a copy of the
@@ -118,6 +118,9 @@ fn with_allocator(bytes: u64) -> u64 {
 /// How long no caller must have come before a warm-up starts: clients that send turn after turn without a pause
 /// should not find a warm-up's step in front of them.
 const QUIET: Duration = Duration::from_millis(60);
+
+/// How long after its last turn a conversation is taken to go on.
+const LIVE: Duration = Duration::from_secs(30);
 
 /// Conversations that are computed again after the prefix cache had to be emptied.
 const RESTORED: usize = 8;
@@ -250,7 +253,8 @@ impl Waiting for Job {
     fn class(&self) -> Class {
         match self {
             Self::Turn(..) => Class::Turn,
-            Self::WarmUp(_) => Class::WarmUp,
+            Self::WarmUp(WarmUp { asked_by: Some(_), .. }) => Class::WarmUp,
+            Self::WarmUp(_) => Class::Restore,
         }
     }
 
@@ -335,7 +339,7 @@ impl Dispatcher {
             return;
         }
         tracing::error!(why, "the engine failed");
-        self.state.mirror().clear(0, 0);
+        self.state.mirror().clear(0, 0, Duration::ZERO);
         for attempt in 1..=TRIES {
             // The old thread holds the model until it has unwound.
             drop(self.pipeline.lock().await);
@@ -386,7 +390,7 @@ impl Dispatcher {
             }
             Err(Failure::Request(why)) => {
                 // A failed step empties the engine's cache.
-                self.state.mirror().clear(0, 0);
+                self.state.mirror().clear(0, 0, Duration::ZERO);
                 tracing::warn!(why, "a generation failed");
                 let _ = events.try_send(Err(Error::EngineFailed(why)));
                 Ok(())
@@ -424,8 +428,7 @@ impl Dispatcher {
     }
 
     async fn prefill(&self, prompt: Vec<u32>) -> Result<(), String> {
-        let end = Sentinel { end: self.endings.sentinel, prompt: prompt.len() };
-        match self.send(prompt.clone(), Arc::new(end)).await {
+        match self.send(prompt.clone(), Arc::new(self.sentinel(prompt.len()))).await {
             Ok(()) => {
                 let mut tokens = prompt;
                 let length = tokens.len();
@@ -443,14 +446,16 @@ impl Dispatcher {
     }
 
     /// Empties the prefix cache when this prompt would take it over its budget, unless most of the prompt is in it: then
-    /// the budget is exceeded by this one sequence, and [`Dispatcher::run`] puts that right behind it. The caller holds
-    /// one slot.
+    /// the budget is exceeded by this one sequence, and [`Dispatcher::run`] puts that right behind it. A conversation that
+    /// begins while no other is live gets the whole budget, so that it is less likely to lose its history in the middle.
+    /// The caller holds one slot.
     async fn make_room(&self, prompt: &[u32]) {
         /// Tokens that an answer is taken to have.
         const ANSWER: usize = 64;
         {
             let mirror = self.state.mirror();
-            let full = mirror.bytes() + mirror.cost(prompt.len() + ANSWER) > self.prefix_cache;
+            let share = if mirror.is_stale(LIVE) { self.prefix_cache / 4 } else { self.prefix_cache };
+            let full = mirror.bytes() + mirror.cost(prompt.len() + ANSWER) > share;
             if mirror.bytes() == 0 || !full || mirror.covers(prompt) * 2 >= prompt.len() {
                 return;
             }
@@ -462,11 +467,10 @@ impl Dispatcher {
 
     /// Empties the prefix cache, and queues what live conversations lose by that. Nothing else may run.
     async fn empty(&self) {
-        let live = self.state.mirror().clear(RESTORED, self.prefix_cache / 2);
+        let live = self.state.mirror().clear(RESTORED, self.prefix_cache / 2, LIVE);
         // The engine has no call for it, but it empties its cache when a step fails, and a token that no vocabulary has
         // makes one fail at once. (Not the largest number: embeddings take that for a place to leave empty.)
-        let unknown = vec![u32::MAX - 1];
-        match self.send(unknown, Arc::new(Sentinel { end: self.endings.sentinel, prompt: 0 })).await {
+        match self.send(vec![u32::MAX - 1], Arc::new(self.sentinel(0))).await {
             Err(Failure::Request(why)) => tracing::debug!(why, restored = live.len(), "prefix cache emptied"),
             Err(Failure::Engine(why)) => tracing::warn!(why, "the engine died while its prefix cache was emptied"),
             Ok(()) => tracing::warn!("the prefix cache could not be emptied"),
@@ -478,6 +482,10 @@ impl Dispatcher {
                 let _ = self.queue.push(Job::WarmUp(WarmUp { prompt: tokens, done: 0, asked_by: None }));
             }
         }
+    }
+
+    fn sentinel(&self, prompt: usize) -> Sentinel {
+        Sentinel { end: self.endings.sentinel, prompt }
     }
 
     /// Tokens that a warm-up of this length computes at a time. Every step leaves a copy of all before it in the prefix

@@ -7,6 +7,8 @@
 //! The cache can only be emptied whole. What live conversations lose by that is computed again while the engine is idle:
 //! [`PrefixMirror::clear`] says what is worth it.
 
+use std::time::{Duration, Instant};
+
 /// Tokens by which a sequence's buffers grow.
 const GROWTH: usize = 512;
 
@@ -25,6 +27,8 @@ struct Entry {
     tokens: Vec<u32>,
     /// Tokens that the entry's buffers have room for.
     capacity: usize,
+    /// When it was made.
+    at: Instant,
 }
 
 impl PrefixMirror {
@@ -60,7 +64,7 @@ impl PrefixMirror {
         let start = self.best(&tokens[..prompt_len]).map_or(grown(prompt_len), |(_, entry)| entry.capacity);
         let capacity = if tokens.len() > start { start + grown(tokens.len() - start) } else { start };
         self.entries.retain(|entry| entry.tokens != tokens);
-        self.entries.push(Entry { tokens, capacity });
+        self.entries.push(Entry { tokens, capacity, at: Instant::now() });
     }
 
     /// What the entries cost at most, in bytes.
@@ -73,9 +77,14 @@ impl PrefixMirror {
         grown(tokens) as u64 * self.bytes_per_token
     }
 
+    /// Whether nothing was added for this long.
+    pub(super) fn is_stale(&self, pause: Duration) -> bool {
+        self.entries.last().is_none_or(|latest| latest.at.elapsed() >= pause)
+    }
+
     /// Forgets everything. Returns what is worth computing again: of the latest `most` conversations the longest
-    /// sequence each, latest first, as many as fit `budget` bytes.
-    pub(super) fn clear(&mut self, most: usize, budget: u64) -> Vec<Vec<u32>> {
+    /// sequence each, latest first, as many as fit `budget` bytes, and none whose last turn is longer ago than `live`.
+    pub(super) fn clear(&mut self, most: usize, budget: u64, live: Duration) -> Vec<Vec<u32>> {
         let mut kept: Vec<Vec<u32>> = Vec::new();
         let mut cost = 0;
         for entry in std::mem::take(&mut self.entries).into_iter().rev() {
@@ -84,7 +93,7 @@ impl PrefixMirror {
                 continue;
             }
             cost += self.cost(entry.tokens.len());
-            if kept.len() == most || cost > budget {
+            if kept.len() == most || cost > budget || entry.at.elapsed() > live {
                 break;
             }
             kept.push(entry.tokens);
@@ -147,7 +156,7 @@ mod tests {
         mirror.insert(2, (0..100).collect());
         mirror.insert(2, (1000..1100).collect());
         mirror.insert(2, (0..130).collect());
-        let live = mirror.clear(8, u64::MAX);
+        let live = mirror.clear(8, u64::MAX, Duration::MAX);
         assert_eq!(live, vec![(0..130).collect::<Vec<_>>(), (1000..1100).collect()]);
         assert_eq!(mirror.bytes(), 0);
     }

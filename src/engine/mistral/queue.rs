@@ -1,4 +1,5 @@
-//! The bounded, fair queue in front of the model: turns before warm-ups, first come first served in each class.
+//! The bounded, fair queue in front of the model: turns before warm-ups, those before what is restored, and first come
+//! first served in each class.
 
 use std::{
     collections::VecDeque,
@@ -8,13 +9,15 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-/// Which of two classes of work.
+/// Which class of work, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     /// Somebody waits for it.
     Turn,
-    /// Nobody does: it makes a later turn faster.
+    /// It makes a later turn faster, and somebody asked for it.
     WarmUp,
+    /// It computes again what had to be given up, in case that it is of use.
+    Restore,
 }
 
 /// Something that can wait in the queue.
@@ -25,7 +28,7 @@ pub(super) trait Waiting {
     fn is_abandoned(&self) -> bool;
 }
 
-/// A bounded queue of two classes.
+/// A bounded queue of classes.
 pub(super) struct Queue<T> {
     lanes: Mutex<Lanes<T>>,
     arrived: Notify,
@@ -37,6 +40,7 @@ pub(super) struct Queue<T> {
 struct Lanes<T> {
     turns: VecDeque<T>,
     warm_ups: VecDeque<T>,
+    restores: VecDeque<T>,
     last_turn: Option<Instant>,
 }
 
@@ -45,17 +49,15 @@ struct Lanes<T> {
 impl<T: Waiting> Queue<T> {
     /// A queue that holds `bound` of each class.
     pub(super) fn new(bound: usize, quiet: Duration) -> Self {
-        let lanes = Lanes { turns: VecDeque::new(), warm_ups: VecDeque::new(), last_turn: None };
+        let lanes =
+            Lanes { turns: VecDeque::new(), warm_ups: VecDeque::new(), restores: VecDeque::new(), last_turn: None };
         Self { lanes: Mutex::new(lanes), arrived: Notify::new(), bound, quiet }
     }
 
     /// Adds an item at the end of its class, or gives it back when the class is full.
     pub(super) fn push(&self, item: T) -> Result<(), T> {
         let mut lanes = self.lock();
-        let lane = match item.class() {
-            Class::Turn => &mut lanes.turns,
-            Class::WarmUp => &mut lanes.warm_ups,
-        };
+        let lane = lanes.of(item.class());
         if lane.len() >= self.bound {
             lane.retain(|waiting| !waiting.is_abandoned());
         }
@@ -68,9 +70,9 @@ impl<T: Waiting> Queue<T> {
         Ok(())
     }
 
-    /// Puts a warm-up back in front of its class.
+    /// Puts an item that is not done yet back in front of its class.
     pub(super) fn put_back(&self, item: T) {
-        self.lock().warm_ups.push_front(item);
+        self.lock().of(item.class()).push_front(item);
         self.arrived.notify_one();
     }
 
@@ -90,11 +92,11 @@ impl<T: Waiting> Queue<T> {
                 lanes.warm_ups.retain(|waiting| !waiting.is_abandoned());
                 let quiet_from = lanes.last_turn.map(|last| last + self.quiet);
                 match quiet_from.filter(|from| *from > Instant::now()) {
-                    None => match lanes.warm_ups.pop_front() {
+                    None => match lanes.warm_ups.pop_front().or_else(|| lanes.restores.pop_front()) {
                         Some(warm_up) => return warm_up,
                         None => None,
                     },
-                    Some(from) => (!lanes.warm_ups.is_empty()).then_some(from),
+                    Some(from) => (!lanes.warm_ups.is_empty() || !lanes.restores.is_empty()).then_some(from),
                 }
             };
             match pause {
@@ -124,6 +126,16 @@ impl<T: Waiting> Queue<T> {
 
     fn lock(&self) -> MutexGuard<'_, Lanes<T>> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Lanes<T> {
+    fn of(&mut self, class: Class) -> &mut VecDeque<T> {
+        match class {
+            Class::Turn => &mut self.turns,
+            Class::WarmUp => &mut self.warm_ups,
+            Class::Restore => &mut self.restores,
+        }
     }
 }
 
@@ -162,6 +174,17 @@ mod tests {
         let before = Instant::now();
         assert_eq!(queue.next().await.0, 1);
         assert!(before.elapsed() >= Duration::from_millis(10), "a warm-up waits until it is quiet");
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_for_goes_before_what_is_restored() {
+        let queue = Queue::new(4, Duration::ZERO);
+        for item in [Item(1, Class::Restore, false), warm_up(2), turn(3)] {
+            queue.push(item).unwrap();
+        }
+        for expected in [3, 2, 1] {
+            assert_eq!(queue.next().await.0, expected);
+        }
     }
 
     #[tokio::test]

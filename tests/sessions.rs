@@ -128,7 +128,7 @@ fn find_order() -> Value {
 fn agent() -> Value {
     json!({"type": "session.update", "session": {
         "type": "realtime", "instructions": common::VOICE, "tools": find_order(), "temperature": 0, "seed": 7,
-        "max_output_tokens": 60}})
+        "max_output_tokens": 120, "parallel_tool_calls": false}})
 }
 
 /// What an operator sees of a session.
@@ -196,7 +196,8 @@ impl Robust {
     /// Sends an event until an answer to it has come. `is_answer` says what that is; a refusal that says it was done
     /// already is one as well.
     async fn ask(&mut self, event: Value, is_answer: impl Fn(&Value) -> bool) -> Value {
-        loop {
+        let mut refused = Value::Null;
+        for _ in 0..3 {
             self.talk.as_mut().unwrap().send(event.clone()).await;
             self.step().await;
             // Whatever happens, an answer to this comes behind the answer to that.
@@ -209,6 +210,8 @@ impl Robust {
                 self.seen.clone_from(&self.talk.as_ref().unwrap().last);
                 if is_answer(&next) {
                     answer = Some(next.clone());
+                } else if next["type"] == "error" && next["error"]["event_id"] != mark.as_str() {
+                    refused = next["error"].clone();
                 }
                 let marked = next["error"]["event_id"] == mark.as_str();
                 if self.step().await && !marked {
@@ -224,6 +227,7 @@ impl Robust {
                 return answer;
             }
         }
+        panic!("{event} is not answered: {refused}");
     }
 
     async fn wait(&mut self, kind: &str) -> Value {
@@ -246,11 +250,12 @@ impl Robust {
         .await;
     }
 
-    /// The finished response. Its end may come before the answer to the request is looked for.
+    /// The finished response. It begins a moment after it was asked for, and may have ended when that is looked for.
     async fn respond(&mut self, options: Value) -> Value {
         let begun = self
             .ask(json!({"type": "response.create", "response": options}), |answer| {
-                ["response.created", "response.done"].contains(&answer["type"].as_str().unwrap())
+                let runs = answer["error"]["code"] == "conversation_already_has_active_response";
+                runs || ["response.created", "response.done"].contains(&answer["type"].as_str().unwrap())
             })
             .await;
         if begun["type"] == "response.done" {

@@ -634,6 +634,8 @@ impl Connection {
         match &*delivery.event {
             Event::Begun(_) => self.running += 1,
             Event::Ended(_) => self.running = self.running.saturating_sub(1),
+            // It may come of an earlier connection, whose last words were still on their way.
+            Event::Configured(settings) => self.settings = settings.clone(),
             _ => {}
         }
         let before = out.len();

@@ -465,7 +465,7 @@ impl Actor {
         if !response.in_conversation {
             return;
         }
-        if !matches!(response.outcome, Some(Outcome::Completed)) {
+        if matches!(response.outcome, Some(Outcome::Cancelled | Outcome::Failed(_))) {
             // Who is cut off in a tool turn cannot be expected to answer its calls.
             let calls = response.output.iter().filter_map(|item| item.call().cloned()).collect();
             self.history.cancel_calls(calls);

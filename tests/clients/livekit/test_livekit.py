@@ -219,7 +219,8 @@ def test_a_tool(server, key, transport):
         path = "/v1/responses" if websocket else "/v1"
         async with model(line.port, key, path, use_websocket=websocket, parallel_tool_calls=False) as llm:
             call = Call(llm, VOICE_PROMPT)
-            call.says("Where is my order 1234?")
+            # The same words twice would be the same prompt twice, which is not served from the prefix cache.
+            call.says(f"Where is my order 1234, by {transport}?")
             asked = await call.answer(tools=TOOLS, tool_choice="required")
             assert asked.text and "{" not in asked.text
             assert len(asked.tool_calls) == 1
@@ -348,7 +349,8 @@ def test_a_connection_that_drops_between_turns(server, key):
         async with model(line.port, key) as llm:
             call = Call(llm)
             for count in (1, 2, 3):
-                call.says("Some numbers, please.")
+                # Words of their own: what another call has said to the letter is not served from the prefix cache.
+                call.says(f"Some numbers in spite of the noise, part {count}, please.")
                 answer = await call.answer(**SHORT)
                 check_numbers(answer.text, 1)
                 assert line.connections == count

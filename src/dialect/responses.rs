@@ -461,7 +461,7 @@ impl Renderer {
     fn response(&self, response: &Response) -> Value {
         let mut value = response_value(response);
         for (index, known) in &self.logprobs {
-            if let Some(part) = value["output"].get_mut(index).and_then(|item| item["content"].get_mut(0)) {
+            if let Some(part) = value.pointer_mut(&format!("/output/{index}/content/0")) {
                 part["logprobs"] = known.clone().into();
             }
         }
@@ -534,7 +534,9 @@ impl Renderer {
                     self.of_item("response.content_part.done", at, part, out);
                 }
                 let mut item = item_value(item);
-                if let (Some(known), Some(part)) = (self.logprobs.get(&at.index), item["content"].get_mut(0)) {
+                if let Some(known) = self.logprobs.get(&at.index)
+                    && let Some(part) = item.pointer_mut("/content/0")
+                {
                     part["logprobs"] = known.clone().into();
                 }
                 self.of_item("response.output_item.done", at, json!({"item": item}), out);

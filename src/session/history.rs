@@ -612,7 +612,7 @@ mod tests {
         assert_eq!(heard("Hello there").unwrap(), "Hello there");
         assert_eq!(heard("hello there").unwrap(), "Hello there.");
         assert_eq!(heard("hello  there how").unwrap(), "Hello there. How");
-        assert_eq!(heard("Hello there. How are you").unwrap(), "Hello there. How are you?");
+        assert_eq!(heard("hello there how are you").unwrap(), "Hello there. How are you?");
         assert_eq!(heard("").unwrap(), "");
         assert!(heard("Goodbye").is_err());
         assert!(heard("Hello there. How are you? Fine.").is_err());

@@ -126,9 +126,6 @@ pub fn parse(body: &Value, defaults: &Defaults) -> Result<Create, Error> {
         .and_then(|options| options.flag("prewarm", faults_ref))
         .unwrap_or(false);
     let generate = fields.flag("generate", faults_ref).unwrap_or(true) && !prewarm;
-    if generate && input.is_empty() && previous.is_none() && settings.instructions.is_empty() && faults_ref.is_empty() {
-        faults_ref.add(fields.at("input"), "input is required, where there is no previous_response_id");
-    }
     let stream = fields.flag("stream", faults_ref).unwrap_or(false);
     let stream_id = stream_id(&fields, faults_ref);
     for name in ["conversation", "prompt"] {

@@ -10,7 +10,9 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::turn::FillerPolicy;
+use ipnet::IpNet;
+
+use crate::{secret::Secret, turn::FillerPolicy};
 
 /// All settings.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -24,6 +26,15 @@ pub struct Config {
     pub electron: Electron,
     /// How long conversations live and how large they may get.
     pub session: Session,
+    /// What the tools that the gateway runs may reach.
+    pub tools: Tools,
+    /// Phone calls by Twilio.
+    pub twilio: Twilio,
+    /// Phone calls by Retell.
+    pub retell: Retell,
+    /// Whom the model plays, by name. Checked apart, since agents are read again while the server runs.
+    #[serde(skip_serializing)]
+    pub agents: Table,
     /// What is logged.
     pub log: Log,
     /// Keys that may use the server. Without any, the server listens on loopback only and makes one key at each start.
@@ -54,6 +65,45 @@ pub struct Server {
     pub cors_origins: Vec<String>,
     /// Most connections at once.
     pub max_connections: usize,
+    /// Where the server is reached from outside, such as `https://voice.example.com`, also behind a proxy. Platforms sign
+    /// it, and tools send late results to it. Empty is the address that it listens on.
+    pub public_url: String,
+    /// Networks of proxies whose `X-Forwarded-For` is believed.
+    #[serde(with = "networks")]
+    pub trusted_proxies: Vec<IpNet>,
+    /// A folder with a TOML file for each agent.
+    pub agents_dir: String,
+}
+
+/// What the tools that the gateway runs may reach.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tools {
+    /// URLs that clients may name for callbacks and MCP servers, with all that is below them: `https://bot.example.com/tools/`,
+    /// `https://*.example.com/`. Without any, clients may name none.
+    pub allow_urls: Vec<String>,
+    /// Networks that tools may be in besides the public ones, such as `127.0.0.1/32` or `10.1.0.0/16`.
+    #[serde(with = "networks")]
+    pub allow_networks: Vec<IpNet>,
+}
+
+/// Phone calls by Twilio.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Twilio {
+    /// The account's auth token, with which Twilio signs its requests. Without it the routes are closed.
+    pub auth_token: Secret,
+}
+
+/// Phone calls by Retell.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retell {
+    /// A path segment that only Retell knows: `/agents/NAME/retell/SECRET/llm-websocket`.
+    pub secret: Secret,
+    /// Addresses from which Retell may connect without it.
+    #[serde(with = "networks")]
+    pub allow_addresses: Vec<IpNet>,
 }
 
 /// Which model is served and how it runs.
@@ -196,6 +246,9 @@ impl Default for Server {
             shutdown_grace: Duration::from_secs(30),
             cors_origins: Vec::new(),
             max_connections: 20_000,
+            public_url: String::new(),
+            trusted_proxies: Vec::new(),
+            agents_dir: String::new(),
         }
     }
 }
@@ -317,6 +370,22 @@ impl Config {
                 refuse("server.cors_origins", origin, "origins such as https://example.com, or *");
             }
         }
+        let url = url::Url::parse(&server.public_url).ok();
+        let sane = |url: &url::Url| matches!(url.scheme(), "http" | "https") && url.query().is_none();
+        if !server.public_url.is_empty() && !url.as_ref().is_some_and(sane) {
+            refuse("server.public_url", &server.public_url, "a URL such as https://voice.example.com");
+        }
+        if let Err(why) = crate::tool::guard::Guard::new(&self.tools.allow_urls, &[]) {
+            refuse("tools.allow_urls", &self.tools.allow_urls.join(", "), &why);
+        }
+        let secret = self.retell.secret.reveal();
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+        if !secret.is_empty() && (secret.len() < 16 || !secret.bytes().all(plain)) {
+            refuse("retell.secret", &"(hidden)", "16 or more letters, digits, dashes and underscores");
+        }
+        if model.name.contains(':') {
+            refuse("model.name", &model.name, "a name without a colon, behind which an agent's name stands");
+        }
         if model.name.is_empty() {
             refuse("model.name", &"\"\"", "any name of one letter or more");
         }
@@ -377,6 +446,26 @@ impl Config {
     }
 }
 
+/// Networks as `10.0.0.0/8`, single addresses also without the slash.
+mod networks {
+    use std::net::IpAddr;
+
+    use ipnet::IpNet;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(networks: &[IpNet], serializer: S) -> Result<S::Ok, S::Error> {
+        networks.iter().map(IpNet::to_string).collect::<Vec<_>>().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+        let read = |text: &String| {
+            let network = text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+            network.map_err(|_| de::Error::custom(format!("{text} is no network such as 10.0.0.0/8 or 127.0.0.1")))
+        };
+        Vec::<String>::deserialize(deserializer)?.iter().map(read).collect()
+    }
+}
+
 /// The environment variable of a setting.
 pub fn variable_of(name: &str) -> String {
     format!("ELECTRON_{}", name.replace('.', "_").to_uppercase())
@@ -429,6 +518,8 @@ fn unknown(table: &Table, defaults: &Table, prefix: &str, faults: &mut Vec<Strin
     for (key, value) in table {
         let name = format!("{prefix}{key}");
         match (value, defaults.get(key)) {
+            // Agents are checked where they are read.
+            _ if name == "agents" => {}
             (_, None) => {
                 let known: Vec<String> = defaults.keys().map(|known| format!("{prefix}{known}")).collect();
                 faults.push(format!("{name}: {}", nearest(&name, &known)));

@@ -49,6 +49,9 @@ pub enum Error {
         /// What is going on, and what to do.
         message: String,
     },
+    /// A call that is said to have a result has its outcome already.
+    #[error("{0}")]
+    Settled(String),
     /// The response to continue is not kept, or not the caller's.
     #[error("Previous response with id '{0}' not found. Send the whole conversation without it.")]
     PreviousResponseNotFound(String),
@@ -138,6 +141,7 @@ impl Error {
             Self::Forbidden(_) => 403,
             Self::NotFound(_) => 404,
             Self::MethodNotAllowed(_) => 405,
+            Self::Settled(_) => 409,
             Self::BodyTooLarge { .. } => 413,
             Self::UpgradeRequired(_) => 426,
             Self::RateLimited { .. } => 429,
@@ -166,6 +170,7 @@ impl Error {
             Self::ModelNotFound(_) => Some("model_not_found"),
             Self::PreviousResponseNotFound(_) => Some("previous_response_not_found"),
             Self::Conflict { code, .. } => Some(code),
+            Self::Settled(_) => Some("tool_call_already_settled"),
             Self::Unauthenticated(_) => Some("invalid_api_key"),
             _ => None,
         }

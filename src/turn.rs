@@ -35,6 +35,8 @@ pub struct Turn {
     pub format: OutputFormat,
     /// Whether the caller hears something before a tool runs.
     pub filler: FillerPolicy,
+    /// The language that the agent speaks, such as `en-US`. Without it the caller's words tell.
+    pub language: Option<Arc<str>>,
 }
 
 /// One message of a conversation.
@@ -80,6 +82,18 @@ pub struct Tool {
     pub description: Option<String>,
     /// JSON schema of the arguments, an object.
     pub parameters: Value,
+    /// What the caller hears when the model calls it without a word.
+    pub phrase: Phrase,
+}
+
+/// What the caller hears when the model calls a tool without a word.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Phrase {
+    /// That it takes a moment.
+    #[default]
+    Filler,
+    /// That the conversation ends here: these words, or some from the book.
+    Goodbye(Option<Arc<str>>),
 }
 
 /// Whether the model may call tools.

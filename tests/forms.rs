@@ -92,12 +92,13 @@ fn turn(filler: FillerPolicy) -> Turn {
             Message::Tool { call_id: "c1".into(), content: "on its way".into() },
             Message::User("And order 8 and 9?".into()),
         ],
-        tools: [Tool { name: "find".into(), description: None, parameters }].into(),
+        tools: [Tool { name: "find".into(), description: None, parameters, phrase: Default::default() }].into(),
         tool_choice: ToolChoice::Auto,
         parallel_tool_calls: true,
         sampling: Sampling::default(),
         format: OutputFormat::Text,
         filler,
+        language: None,
     }
 }
 

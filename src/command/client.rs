@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::{
     dialect::chat_completions,
     electron::Electron,
+    session::Settings,
     turn::{FillerPolicy, FinishReason, TurnEvent, Usage},
 };
 
@@ -50,8 +51,10 @@ impl Target {
         body["stream_options"]["include_usage"] = true.into();
         match self {
             Self::Engine(electron) => {
-                let request = chat_completions::parse(body.to_string().as_bytes(), FillerPolicy::Auto)
-                    .map_err(|e| e.to_string())?;
+                let request = chat_completions::parse(body.to_string().as_bytes(), |model, _| {
+                    Ok(Settings::new(model, FillerPolicy::Auto))
+                })
+                .map_err(|e| e.to_string())?;
                 let events = electron.turn(request.turn).await.map_err(|e| e.to_string())?;
                 Ok(Box::pin(events.map(|event| event.map_err(|e| e.to_string()))))
             }

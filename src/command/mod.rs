@@ -8,7 +8,7 @@ mod key;
 pub mod model;
 mod serve;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -95,6 +95,11 @@ impl Settings {
             add("--model", model.into());
         }
         arguments
+    }
+
+    /// The file that they come from.
+    fn file(&self) -> Option<&Path> {
+        self.config.as_deref()
     }
 
     /// The effective settings.

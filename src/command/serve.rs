@@ -1,6 +1,6 @@
 //! `serve`: the server.
 
-use std::{io::Write, sync::Arc};
+use std::{io::Write, path::Path, sync::Arc};
 
 use clap::Args;
 use tokio_util::sync::CancellationToken;
@@ -21,13 +21,13 @@ pub(super) struct Options {
 pub(super) async fn run(options: Options) -> Result<(), String> {
     let config = options.settings.load()?;
     let telemetry = telemetry::start(&config.log)?;
-    let served = serve(config).await;
+    let served = serve(config, options.settings.file()).await;
     // Sending the last spans blocks.
     let _ = tokio::task::spawn_blocking(move || telemetry.stop()).await;
     served
 }
 
-async fn serve(config: Config) -> Result<(), String> {
+async fn serve(config: Config, file: Option<&Path>) -> Result<(), String> {
     let stop = signals()?;
     // Every connection is a file, and the usual limit is that of a desktop program.
     let _ = rlimit::increase_nofile_limit(rlimit::INFINITY);
@@ -35,7 +35,7 @@ async fn serve(config: Config) -> Result<(), String> {
     let listener = server::bind(config.server.listen).await?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let key = if config.keys.is_empty() { Some(server::new_key()?) } else { None };
-    let app = App::new(config.clone(), key.as_deref());
+    let app = App::new(config.clone(), file, address, key.as_deref())?;
 
     // While the model loads, /health/live answers and everything else says that it is loading.
     let failed = CancellationToken::new();
@@ -50,9 +50,9 @@ async fn serve(config: Config) -> Result<(), String> {
         loaded = model::load(&config.model) => loaded,
         () = stop.cancelled() => Err(String::new()),
     };
-    match loaded {
-        Ok(electron) => {
-            app.serve_model(Arc::new(electron));
+    let served = loaded.and_then(|electron| app.serve_model(Arc::new(electron)));
+    match served {
+        Ok(()) => {
             announce(&config, address, key.as_deref());
         }
         Err(why) => {

@@ -14,16 +14,24 @@ use axum::{
 };
 use futures::{Stream, StreamExt, stream};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::fields::{Faults, Fields, kind};
+use super::{
+    Access,
+    fields::{Faults, Fields, kind},
+};
 use crate::{
+    electron::Electron,
     error::Error,
+    session::{
+        Content, Delivery, Event, History, Item, OnLeave, Outcome, Outlet, Respond, Role, Sessions, Settings, Status,
+        history::Bounds, new_id,
+    },
     turn::{
-        FillerPolicy, FinishReason, Message, OutputFormat, Sampling, TokenLogprob, Tool, ToolCall, ToolChoice, Turn,
-        TurnEvent, TurnStream, Usage,
+        FinishReason, Message, OutputFormat, Sampling, TokenLogprob, Tool, ToolCall, ToolChoice, Turn, TurnEvent,
+        TurnStream, Usage,
     },
 };
 
@@ -41,6 +49,8 @@ pub struct Request {
     pub model: String,
     /// What it is to do.
     pub turn: Turn,
+    /// What an agent brings with it, where the model's name names one.
+    pub settings: Settings,
     /// Whether the answer is to be streamed.
     pub stream: bool,
     /// Whether the stream ends with a chunk of usage figures.
@@ -49,11 +59,15 @@ pub struct Request {
 
 // === parse ===
 
-/// Reads a request's body.
+/// Reads a request's body. `settings` gives what a turn is made with where it says nothing, by the model's name and the
+/// request's metadata.
 ///
 /// # Errors
-/// [`Error::Invalid`] with everything that is wrong.
-pub fn parse(body: &[u8], filler: FillerPolicy) -> Result<Request, Error> {
+/// [`Error::Invalid`] with everything that is wrong, [`Error::ModelNotFound`] for an agent that is not there.
+pub fn parse(
+    body: &[u8],
+    settings: impl FnOnce(&str, &Map<String, Value>) -> Result<Settings, Error>,
+) -> Result<Request, Error> {
     if body.is_empty() {
         return Err(Error::Invalid(vec![crate::error::Fault::new(
             [],
@@ -68,12 +82,17 @@ pub fn parse(body: &[u8], filler: FillerPolicy) -> Result<Request, Error> {
     };
     let faults_ref = &mut faults;
     let model = fields.required_text("model", faults_ref).unwrap_or_default().to_owned();
+    let settings = settings(&model, &variables(&body))?;
     let messages = messages(&fields, faults_ref);
     let tools = tools(&fields, faults_ref);
-    let tool_choice = tool_choice(&fields, &tools, faults_ref);
-    let sampling = sampling(&fields, faults_ref);
+    let tool_choice = match fields.get("tool_choice") {
+        None => settings.tool_choice.clone(),
+        Some(_) => tool_choice(&fields, &tools, &settings, faults_ref),
+    };
+    let sampling = sampling(&fields, &settings.sampling, faults_ref);
     let format = format(&fields, faults_ref);
-    let parallel_tool_calls = fields.flag("parallel_tool_calls", faults_ref).unwrap_or(true);
+    let parallel_tool_calls = fields.flag("parallel_tool_calls", faults_ref);
+    let parallel_tool_calls = parallel_tool_calls.unwrap_or(settings.parallel_tool_calls);
     let stream = fields.flag("stream", faults_ref).unwrap_or(false);
     let include_usage = fields
         .get("stream_options")
@@ -87,8 +106,27 @@ pub fn parse(body: &[u8], filler: FillerPolicy) -> Result<Request, Error> {
     if fields.get("prompt_logprobs").is_some() {
         faults_ref.add(fields.at("prompt_logprobs"), "prompt_logprobs is not supported");
     }
-    let turn = Turn { messages, tools: tools.into(), tool_choice, parallel_tool_calls, sampling, format, filler };
-    faults.or(Request { model, turn, stream, include_usage })
+    let (tools, filler) = (tools.into(), settings.filler);
+    let language = None;
+    let turn = Turn { messages, tools, tool_choice, parallel_tool_calls, sampling, format, filler, language };
+    faults.or(Request { model, turn, settings, stream, include_usage })
+}
+
+/// What a request tells of the call: its `metadata`, and what Vapi sends beside it. None of it is needed, so none of it is
+/// refused.
+fn variables(body: &Value) -> Map<String, Value> {
+    let mut variables = body["metadata"].as_object().cloned().unwrap_or_default();
+    for (name, told) in [
+        ("caller", "/customer/number"),
+        ("caller_name", "/customer/name"),
+        ("called", "/phoneNumber/number"),
+        ("call_id", "/call/id"),
+    ] {
+        if let Some(text) = body.pointer(told).and_then(Value::as_str).filter(|_| !variables.contains_key(name)) {
+            variables.insert(name.to_owned(), text.into());
+        }
+    }
+    variables
 }
 
 fn messages(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Message> {
@@ -241,7 +279,7 @@ fn tools(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Tool> {
     tools
 }
 
-fn tool_choice(fields: &Fields<'_>, tools: &[Tool], faults: &mut Faults) -> ToolChoice {
+fn tool_choice(fields: &Fields<'_>, tools: &[Tool], settings: &Settings, faults: &mut Faults) -> ToolChoice {
     let choice = match fields.get("tool_choice") {
         None => return ToolChoice::Auto,
         Some(Value::String(text)) => match text.as_str() {
@@ -271,13 +309,13 @@ fn tool_choice(fields: &Fields<'_>, tools: &[Tool], faults: &mut Faults) -> Tool
             let Some(name) = function.required_text("name", faults) else {
                 return ToolChoice::Auto;
             };
-            if !tools.iter().any(|tool| tool.name == name) {
+            if !tools.iter().any(|tool| tool.name == name) && !settings.may_know(name) {
                 faults.add(function.at("name"), format!("`{name}` is none of the request's tools"));
             }
             ToolChoice::Named(name.to_owned())
         }
     };
-    if tools.is_empty() && choice != ToolChoice::None {
+    if tools.is_empty() && !settings.has_tools() && choice != ToolChoice::None {
         if fields.get("tools").is_none() {
             faults.add(fields.at("tool_choice"), "tool_choice is only allowed with tools");
         } else if choice == ToolChoice::Required {
@@ -287,7 +325,7 @@ fn tool_choice(fields: &Fields<'_>, tools: &[Tool], faults: &mut Faults) -> Tool
     choice
 }
 
-fn sampling(fields: &Fields<'_>, faults: &mut Faults) -> Sampling {
+fn sampling(fields: &Fields<'_>, default: &Sampling, faults: &mut Faults) -> Sampling {
     let stop = match fields.get("stop") {
         None => Vec::new(),
         Some(Value::String(text)) => vec![text.clone()],
@@ -310,11 +348,11 @@ fn sampling(fields: &Fields<'_>, faults: &mut Faults) -> Sampling {
     let max_tokens = fields.whole("max_tokens", 1..=i64::MAX, faults);
     let max_completion_tokens = fields.whole("max_completion_tokens", 1..=i64::MAX, faults);
     Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0, faults).unwrap_or(1.0) as f32,
-        top_p: fields.number("top_p", 0.0..=1.0, faults).unwrap_or(1.0) as f32,
-        max_tokens: max_completion_tokens.or(max_tokens).and_then(|n| usize::try_from(n).ok()),
+        temperature: fields.number("temperature", 0.0..=2.0, faults).map_or(default.temperature, |n| n as f32),
+        top_p: fields.number("top_p", 0.0..=1.0, faults).map_or(default.top_p, |n| n as f32),
+        max_tokens: max_completion_tokens.or(max_tokens).and_then(|n| usize::try_from(n).ok()).or(default.max_tokens),
         stop: stop.into_iter().filter(|text| !text.is_empty()).collect(),
-        seed: fields.whole("seed", i64::MIN..=i64::MAX, faults).map(|seed| seed as u64),
+        seed: fields.whole("seed", i64::MIN..=i64::MAX, faults).map(|seed| seed as u64).or(default.seed),
         logit_bias: logit_bias(fields, faults),
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0, faults).unwrap_or(0.0) as f32,
         frequency_penalty: fields.number("frequency_penalty", -2.0..=2.0, faults).unwrap_or(0.0) as f32,
@@ -374,6 +412,159 @@ fn format(fields: &Fields<'_>, faults: &mut Faults) -> OutputFormat {
             let allowed = "text, json_object or json_schema";
             faults.add(format.at("type"), format!("type has to be {allowed}, not `{other}`"));
             OutputFormat::Text
+        }
+    }
+}
+
+// === an agent ===
+
+/// Events on their way from the session to the answer.
+const DELIVERIES: usize = 32;
+
+/// Lets an agent answer: its tools run here, in as many rounds as it takes, and the caller reads what is said, and calls of
+/// their own tools.
+///
+/// # Errors
+/// What the turn fails with before its first event.
+pub async fn agent_turn(
+    request: &mut Request,
+    electron: Arc<Electron>,
+    access: &dyn Access,
+    sessions: &Sessions,
+    bounds: Bounds,
+) -> Result<TurnStream, Error> {
+    let turn = &mut request.turn;
+    let mut settings = request.settings.clone();
+    settings.tools = turn.tools.clone();
+    settings.tool_choice = turn.tool_choice.clone();
+    settings.parallel_tool_calls = turn.parallel_tool_calls;
+    settings.sampling = turn.sampling.clone();
+    settings.format = turn.format.clone();
+    let mut history = History::default();
+    history.extend(&items(std::mem::take(&mut turn.messages)), "messages", bounds)?;
+    let watch = access.admit(&request.model)?;
+    let owner = access.owner().clone();
+    let session = sessions.open(electron, owner, "chat_completions", settings.clone(), OnLeave::End, None)?;
+    let (sender, mut deliveries) = tokio::sync::mpsc::channel(DELIVERIES);
+    session.attach(Outlet { sender, tag: 0 }, OnLeave::End, None, false).await?;
+    let respond = Respond {
+        id: new_id("resp"),
+        settings: Arc::new(settings),
+        base: Some(crate::session::Base { history, response: None }),
+        input: Vec::new(),
+        transcript: None,
+        context: None,
+        in_conversation: true,
+        needs_outputs: false,
+        generate: true,
+        keep: false,
+        store: false,
+        watch,
+    };
+    session.send(None, crate::session::Action::Respond(Box::new(respond))).await?;
+    let broken = || Error::Internal("a session ended before its response".into());
+    let first = deliveries.recv().await.ok_or_else(broken)?;
+    if let Event::Refused { error, .. } = &*first.event {
+        return Err(error.clone());
+    }
+    let progress = Arc::<crate::turn::Progress>::default();
+    let state = (Said::default(), deliveries, progress.clone());
+    let events = stream::unfold(state, |(mut said, mut deliveries, progress)| async move {
+        loop {
+            if let Some(event) = said.ready.pop_front() {
+                return Some((event, (said, deliveries, progress)));
+            }
+            if said.over {
+                return None;
+            }
+            match deliveries.recv().await {
+                Some(delivery) => said.take(&delivery, &progress),
+                None => {
+                    said.over = true;
+                    let broken = Error::Internal("a session ended before its response".into());
+                    return Some((Err(broken), (said, deliveries, progress)));
+                }
+            }
+        }
+    });
+    Ok(TurnStream::new(events, progress))
+}
+
+/// The messages of a request as a conversation.
+fn items(messages: Vec<Message>) -> Vec<Arc<Item>> {
+    let mut items = Vec::with_capacity(messages.len());
+    let mut add = |content: Content| {
+        items.push(Arc::new(Item { id: new_id("item"), content, status: Status::Completed }));
+    };
+    let message = |role: Role, text: String| Content::Message { role, text, phase: Default::default() };
+    for said in messages {
+        match said {
+            Message::System(text) => add(message(Role::System, text)),
+            Message::User(text) => add(message(Role::User, text)),
+            Message::Assistant { content, tool_calls } => {
+                if let Some(text) = content {
+                    add(message(Role::Assistant, text));
+                }
+                for ToolCall { id, name, arguments } in tool_calls {
+                    add(Content::Call { call_id: id.into(), name, arguments, run: None });
+                }
+            }
+            Message::Tool { call_id, content } => add(Content::Output { call_id: call_id.into(), output: content }),
+        }
+    }
+    items
+}
+
+/// What a session's events are to a caller who asked once.
+#[derive(Default)]
+struct Said {
+    ready: std::collections::VecDeque<Result<TurnEvent, Error>>,
+    /// Whether the next message follows another one.
+    spoken: bool,
+    /// Calls of the caller's own tools.
+    calls: usize,
+    over: bool,
+}
+
+impl Said {
+    fn take(&mut self, delivery: &Delivery, progress: &crate::turn::Progress) {
+        let index = self.calls.saturating_sub(1);
+        match &*delivery.event {
+            Event::OutputBegun { item, .. } => match &item.content {
+                Content::Call { call_id, name, run: None, .. } => {
+                    let (id, name) = (call_id.to_string(), name.clone());
+                    self.ready.push_back(Ok(TurnEvent::CallBegun { index: self.calls, id, name }));
+                    self.calls += 1;
+                }
+                Content::Message { .. } if self.spoken => {
+                    self.ready.push_back(Ok(TurnEvent::Text { delta: " ".into(), logprobs: Vec::new() }));
+                }
+                _ => {}
+            },
+            Event::Text { delta, logprobs, .. } => {
+                self.spoken = true;
+                let text = TurnEvent::Text { delta: delta.clone(), logprobs: logprobs.clone() };
+                self.ready.push_back(Ok(text));
+            }
+            Event::Arguments { at, delta } if !at.runs => {
+                self.ready.push_back(Ok(TurnEvent::Arguments { index, delta: delta.clone() }));
+            }
+            Event::OutputEnded { item, .. } if item.call().is_some() && item.run().is_none() => {
+                self.ready.push_back(Ok(TurnEvent::CallEnded { index }));
+            }
+            Event::Ended(response) => {
+                self.over = true;
+                progress.set(response.usage);
+                let reason = match &response.outcome {
+                    Some(Outcome::Failed(error)) => return self.ready.push_back(Err(error.clone())),
+                    Some(Outcome::Length) => FinishReason::Length,
+                    Some(Outcome::Cancelled) => FinishReason::Cancelled,
+                    _ if self.calls > 0 => FinishReason::ToolCalls,
+                    _ => FinishReason::Stop,
+                };
+                self.ready.push_back(Ok(TurnEvent::Finished { reason, usage: response.usage }));
+            }
+            _ => {}
         }
     }
 }

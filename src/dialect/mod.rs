@@ -1,23 +1,27 @@
 //! The protocols that clients speak, one file each: wire types, parsing, rendering, handler.
 
 pub mod chat_completions;
+pub mod conversation_relay;
 mod fields;
 mod items;
+pub mod phone;
 pub mod realtime;
 pub mod responses;
+pub mod retell;
 pub mod sessions;
 pub mod socket;
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use self::fields::{Faults, Fields, kind};
 use crate::{
     electron::Electron,
     error::{Error, PathPart},
-    session::{Owner, Watch},
-    turn::Tool,
+    session::{Owner, Settings, Watch},
+    tool::guard::Guard,
+    turn::{Phrase, Tool},
 };
 
 /// What a connection may do, asked each time. The server knows the answers.
@@ -30,6 +34,16 @@ pub trait Access: Send + Sync + 'static {
     /// # Errors
     /// [`Error::ModelNotFound`], [`Error::Forbidden`] for this key, [`Error::Overloaded`] while it is being loaded.
     fn model(&self, name: &str) -> Result<Arc<Electron>, Error>;
+
+    /// What a turn is made with where a request says nothing: for `MODEL:AGENT` what the agent's definition comes to with
+    /// these variables.
+    ///
+    /// # Errors
+    /// [`Error::ModelNotFound`] for an agent that is not there.
+    fn settings(&self, model: &str, variables: &Map<String, Value>) -> Result<Settings, Error>;
+
+    /// What may be reached on a client's behalf.
+    fn guard(&self) -> &Guard;
 
     /// Counts a turn against the limits of the key, and gives what watches over it.
     ///
@@ -85,5 +99,5 @@ fn tool(fields: &Fields<'_>, others: &[Tool], faults: &mut Faults) -> Option<Too
         faults.add(fields.at("parameters"), format!("parameters has to be a JSON schema, an object, not {what}"));
     }
     let description = fields.text("description", faults).map(str::to_owned);
-    Some(Tool { name: name.to_owned(), description, parameters })
+    Some(Tool { name: name.to_owned(), description, parameters, phrase: Phrase::Filler })
 }

@@ -29,8 +29,9 @@ use crate::{
     error::{Error, Fault, PathPart},
     session::{
         Action, Attached, Content, Delivery, Event, Handle, Heard, History, Id, Item, OnLeave, Outcome, Outlet, Place,
-        Respond, Response, Sessions, Settings, Spoken, history::Bounds, new_id, response::At,
+        Respond, Response, Sessions, Settings, Spoken, Status, history::Bounds, new_id, response::At,
     },
+    tool::guard::Guard,
     turn::ToolChoice,
 };
 
@@ -68,16 +69,22 @@ const EMPTY: [&str; 4] = ["include", "prompt", "reasoning", "tracing"];
 ///
 /// # Errors
 /// [`Error::Invalid`] with everything that is wrong; then nothing applies.
-pub fn settings(value: &Value, in_force: &Settings, path: &'static str) -> Result<Settings, Error> {
+pub fn settings(value: &Value, in_force: &Settings, guard: &Guard, path: &'static str) -> Result<Settings, Error> {
     let mut faults = Faults::default();
     let Some(fields) = Fields::of(value, vec![path.into()], &mut faults) else {
         return Err(faults.into_error());
     };
-    let read = read_settings(&fields, in_force, &[], &mut faults);
+    let read = read_settings(&fields, in_force, guard, &[], &mut faults);
     faults.or(read)
 }
 
-fn read_settings(fields: &Fields<'_>, in_force: &Settings, more: &[&str], faults: &mut Faults) -> Settings {
+fn read_settings(
+    fields: &Fields<'_>,
+    in_force: &Settings,
+    guard: &Guard,
+    more: &[&str],
+    faults: &mut Faults,
+) -> Settings {
     let mut settings = in_force.clone();
     for name in fields.names() {
         let known = |names: &[&str]| names.contains(&name);
@@ -101,18 +108,18 @@ fn read_settings(fields: &Fields<'_>, in_force: &Settings, more: &[&str], faults
     if let Some(text) = fields.text("instructions", faults) {
         settings.instructions = text.into();
     }
-    if let Some(tools) = items::tools(fields, faults) {
-        settings.tools = tools.into();
+    if let Some((tools, kit)) = items::tools(fields, guard, faults) {
+        (settings.tools, settings.kit) = (tools.into(), kit.into());
     }
-    if let Some(choice) = items::tool_choice(fields, &settings.tools, faults) {
+    if let Some(choice) = items::tool_choice(fields, &settings, faults) {
         settings.tool_choice = choice;
     } else if let ToolChoice::Named(name) = &settings.tool_choice
-        && !settings.tools.iter().any(|tool| tool.name == *name)
+        && !settings.may_know(name)
     {
         // The tool that had to be called is gone.
         settings.tool_choice = ToolChoice::Auto;
     }
-    if settings.tools.is_empty() && settings.tool_choice == ToolChoice::Required {
+    if !settings.has_tools() && settings.tool_choice == ToolChoice::Required {
         settings.tool_choice = ToolChoice::Auto;
     }
     for (i, modality) in fields.list("output_modalities", faults).unwrap_or_default().iter().enumerate() {
@@ -207,7 +214,7 @@ pub fn session_value(id: &str, settings: &Settings) -> Value {
         "model": settings.model,
         "output_modalities": ["text"],
         "instructions": &*settings.instructions,
-        "tools": settings.tools.iter().map(tool_value).collect::<Vec<_>>(),
+        "tools": tools_value(settings),
         "tool_choice": items::tool_choice_value(&settings.tool_choice),
         "max_output_tokens": max_tokens(settings),
         "parallel_tool_calls": settings.parallel_tool_calls,
@@ -218,12 +225,12 @@ pub fn session_value(id: &str, settings: &Settings) -> Value {
     })
 }
 
-fn tool_value(tool: &crate::turn::Tool) -> Value {
-    let mut value = items::tool_value(tool);
-    if let Some(map) = value.as_object_mut() {
+fn tools_value(settings: &Settings) -> Vec<Value> {
+    let mut values = items::tools_value(settings);
+    for map in values.iter_mut().filter_map(Value::as_object_mut) {
         map.remove("strict");
     }
-    value
+    values
 }
 
 fn max_tokens(settings: &Settings) -> Value {
@@ -376,19 +383,53 @@ impl Renderer<'_> {
                     let body = json!({"item": value, "previous_item_id": at.previous});
                     self.event("conversation.item.added", body);
                 }
-                if item.call().is_none() {
+                if let Content::Listing { .. } = item.content {
+                    self.event("mcp_list_tools.in_progress", json!({"item_id": at.item}));
+                }
+                if item.spoken().is_some() {
                     let body = json!({"content_index": 0, "part": {"type": "text", "text": ""}});
                     self.of_item("response.content_part.added", at, body);
                 }
             }
             Event::Text { at, delta, .. } => self.delta("response.output_text.delta", at, delta),
+            Event::Arguments { at, delta } if at.runs => {
+                self.delta("response.mcp_call_arguments.delta", at, delta);
+            }
             Event::Arguments { at, delta } => self.delta("response.function_call_arguments.delta", at, delta),
+            Event::CallRuns { at, item } => {
+                if let Content::Call { arguments, .. } = &item.content {
+                    self.of_item("response.mcp_call_arguments.done", at, json!({"arguments": arguments}));
+                    self.event("response.mcp_call.in_progress", json!({"item_id": at.item, "output_index": at.index}));
+                }
+            }
+            Event::Listing(item) => {
+                let done = item.status == Status::Completed;
+                let body = json!({"item": item_value(item), "previous_item_id": null});
+                if done {
+                    let kind = items::settled(item).map_or("", |kind| kind.trim_start_matches("response."));
+                    self.event(kind, json!({"item_id": item.id}));
+                    self.event("conversation.item.done", body);
+                } else {
+                    self.event("conversation.item.added", body);
+                    self.event("mcp_list_tools.in_progress", json!({"item_id": item.id}));
+                }
+            }
+            Event::CallSettled(_) | Event::Control { .. } => {}
             Event::OutputEnded { at, item } => {
-                if let Content::Call { call_id, name, arguments } = &item.content {
+                if let Content::Call { call_id, name, arguments, run: None } = &item.content {
                     let body = json!({"call_id": call_id, "name": name, "arguments": arguments});
                     self.of_item("response.function_call_arguments.done", at, body);
-                } else {
-                    let text = item.spoken().unwrap_or_default();
+                } else if let Some(kind) = items::settled(item) {
+                    let (of_call, kind) = match kind.strip_prefix("response.") {
+                        Some(listing) if listing.starts_with("mcp_list_tools") => (false, listing),
+                        _ => (true, kind),
+                    };
+                    let mut body = json!({"item_id": at.item});
+                    if of_call {
+                        body["output_index"] = at.index.into();
+                    }
+                    self.event(kind, body);
+                } else if let Some(text) = item.spoken() {
                     self.of_item("response.output_text.done", at, json!({"content_index": 0, "text": text}));
                     let body = json!({"content_index": 0, "part": {"type": "text", "text": text}});
                     self.of_item("response.content_part.done", at, body);
@@ -471,7 +512,7 @@ pub async fn connect(
         Some(id) => (sessions.find(shorten(id), access.owner())?, true),
         None => {
             let owner = access.owner().clone();
-            (sessions.open(electron.clone(), owner, "realtime", opening.settings, OnLeave::GoOn)?, false)
+            (sessions.open(electron.clone(), owner, "realtime", opening.settings, OnLeave::GoOn, None)?, false)
         }
     };
     let after = seen.map(|(number, _)| number.saturating_sub(1));
@@ -503,7 +544,7 @@ impl Connection {
                 let Some(given) = fields.get("session") else {
                     return Err(Error::invalid("session", "session is required"));
                 };
-                let settings = Arc::new(settings(given, &self.settings, "session")?);
+                let settings = Arc::new(settings(given, &self.settings, self.access.guard(), "session")?);
                 self.electron.check_tools(settings.tools.clone()).await.map_err(in_session)?;
                 self.settings = settings.clone();
                 Some(Action::Configure(settings))
@@ -565,7 +606,7 @@ impl Connection {
         let Some(fields) = Fields::of(given, event.at("response"), faults) else {
             return Ok(None);
         };
-        let settings = read_settings(&fields, &self.settings, &OF_RESPONSE, faults);
+        let settings = read_settings(&fields, &self.settings, self.access.guard(), &OF_RESPONSE, faults);
         let in_conversation = match fields.text("conversation", faults) {
             None | Some("auto") => true,
             Some("none") => false,
@@ -597,6 +638,7 @@ impl Connection {
             settings: Arc::new(settings),
             base: None,
             input: Vec::new(),
+            transcript: None,
             context,
             in_conversation,
             needs_outputs: true,

@@ -33,10 +33,10 @@ use super::{
 use crate::{
     error::{Error, Fault},
     session::{
-        Action, Base, Delivery, Event, Handle, Heard, Id, Item, OnLeave, Outcome, Outlet, Respond, Response, Role,
-        Sessions, Settings, Spoken, new_id, response::At,
+        Action, Base, Content, Delivery, Event, Handle, Heard, Id, Item, OnLeave, Outcome, Outlet, Respond, Response,
+        Role, Sessions, Settings, Spoken, new_id, response::At,
     },
-    turn::{FillerPolicy, OutputFormat, Sampling, TokenLogprob, ToolChoice},
+    turn::{OutputFormat, Sampling, TokenLogprob},
 };
 
 /// Most items of a request's input.
@@ -69,28 +69,19 @@ pub struct Create {
     pub stream_id: Option<Arc<str>>,
 }
 
-/// What a request gets where it says nothing.
-#[derive(Clone, Debug)]
-pub struct Defaults {
-    /// The model that is asked when a request names none, as the connection's URL may do for all of them.
-    pub model: Option<String>,
-    /// Whether the caller hears something before a tool runs.
-    pub filler: FillerPolicy,
-}
-
 // === parse ===
 
-/// Reads the body of a request.
+/// Reads the body of a request. `model` is the one that is asked when the body names none, as a connection's URL may do.
 ///
 /// # Errors
-/// [`Error::Invalid`] with everything that is wrong.
-pub fn parse(body: &Value, defaults: &Defaults) -> Result<Create, Error> {
+/// [`Error::Invalid`] with everything that is wrong, [`Error::ModelNotFound`] for an agent that is not there.
+pub fn parse(body: &Value, model: Option<&str>, access: &dyn Access) -> Result<Create, Error> {
     let mut faults = Faults::default();
     let Some(fields) = Fields::of(body, Vec::new(), &mut faults) else {
         return Err(faults.into_error());
     };
     let faults_ref = &mut faults;
-    let model = match fields.text("model", faults_ref).or(defaults.model.as_deref()) {
+    let model = match fields.text("model", faults_ref).or(model) {
         Some(model) => model.to_owned(),
         None => {
             if fields.get("model").is_none() {
@@ -99,14 +90,21 @@ pub fn parse(body: &Value, defaults: &Defaults) -> Result<Create, Error> {
             String::new()
         }
     };
-    let mut settings = Settings::new(&model, defaults.filler);
+    let metadata = metadata(&fields, faults_ref);
+    let mut settings = access.settings(&model, &metadata)?;
+    settings.metadata = metadata;
     if let Some(text) = fields.text("instructions", faults_ref) {
         settings.instructions = text.into();
     }
-    settings.tools = items::tools(&fields, faults_ref).unwrap_or_default().into();
-    settings.tool_choice = items::tool_choice(&fields, &settings.tools, faults_ref).unwrap_or(ToolChoice::Auto);
-    settings.parallel_tool_calls = fields.flag("parallel_tool_calls", faults_ref).unwrap_or(true);
-    settings.sampling = sampling(&fields, faults_ref);
+    let (tools, kit) = items::tools(&fields, access.guard(), faults_ref).unwrap_or_default();
+    (settings.tools, settings.kit) = (tools.into(), kit.into());
+    if let Some(choice) = items::tool_choice(&fields, &settings, faults_ref) {
+        settings.tool_choice = choice;
+    }
+    if let Some(parallel) = fields.flag("parallel_tool_calls", faults_ref) {
+        settings.parallel_tool_calls = parallel;
+    }
+    settings.sampling = sampling(&fields, settings.sampling, faults_ref);
     settings.format = format(&fields, faults_ref);
     settings.trim = match fields.text("truncation", faults_ref) {
         None | Some("auto") => true,
@@ -116,7 +114,6 @@ pub fn parse(body: &Value, defaults: &Defaults) -> Result<Create, Error> {
             true
         }
     };
-    settings.metadata = metadata(&fields, faults_ref);
     let input = input(&fields, faults_ref);
     let previous = items::id(&fields, "previous_response_id", faults_ref);
     let store = fields.flag("store", faults_ref).unwrap_or(true);
@@ -160,16 +157,16 @@ fn input(fields: &Fields<'_>, faults: &mut Faults) -> Vec<Arc<Item>> {
     }
 }
 
-fn sampling(fields: &Fields<'_>, faults: &mut Faults) -> Sampling {
+fn sampling(fields: &Fields<'_>, default: Sampling, faults: &mut Faults) -> Sampling {
     let include = fields.list("include", faults).unwrap_or_default();
     let wants_logprobs = include.iter().any(|wanted| wanted == "message.output_text.logprobs");
     let top_logprobs = fields.whole("top_logprobs", 0..=20, faults).unwrap_or(0);
     let max_tokens = fields.whole("max_output_tokens", 1..=i64::MAX, faults);
     Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0, faults).unwrap_or(1.0) as f32,
-        top_p: fields.number("top_p", 0.0..=1.0, faults).unwrap_or(1.0) as f32,
-        max_tokens: max_tokens.and_then(|n| usize::try_from(n).ok()),
-        seed: fields.whole("seed", i64::MIN..=i64::MAX, faults).map(|seed| seed as u64),
+        temperature: fields.number("temperature", 0.0..=2.0, faults).map_or(default.temperature, |n| n as f32),
+        top_p: fields.number("top_p", 0.0..=1.0, faults).map_or(default.top_p, |n| n as f32),
+        max_tokens: max_tokens.and_then(|n| usize::try_from(n).ok()).or(default.max_tokens),
+        seed: fields.whole("seed", i64::MIN..=i64::MAX, faults).map(|seed| seed as u64).or(default.seed),
         logprobs: (wants_logprobs || top_logprobs > 0).then_some(top_logprobs as usize),
         ..Sampling::default()
     }
@@ -395,7 +392,7 @@ pub fn response_value(response: &Response) -> Value {
         "temperature": tidy(sampling.temperature),
         "text": {"format": items::format_value(&settings.format)},
         "tool_choice": items::tool_choice_value(&settings.tool_choice),
-        "tools": settings.tools.iter().map(items::tool_value).collect::<Vec<_>>(),
+        "tools": items::tools_value(settings),
         "top_logprobs": sampling.logprobs.unwrap_or(0),
         "top_p": tidy(sampling.top_p),
         "truncation": if settings.trim { "auto" } else { "disabled" },
@@ -502,7 +499,11 @@ impl Renderer {
             }
             Event::OutputBegun { at, item } => {
                 self.of_item("response.output_item.added", at, json!({"item": item_value(item)}), out);
-                if item.call().is_none() {
+                if let Content::Listing { .. } = item.content {
+                    let body = json!({"item_id": at.item});
+                    self.of_item("response.mcp_list_tools.in_progress", at, body, out);
+                }
+                if item.spoken().is_some() {
                     let part = json!({"item_id": at.item, "content_index": 0, "part": text_part("")});
                     self.of_item("response.content_part.added", at, part, out);
                 }
@@ -514,14 +515,27 @@ impl Renderer {
             }
             Event::Arguments { at, delta } => {
                 let body = ArgumentsDelta { item_id: &at.item, delta };
-                self.of_item("response.function_call_arguments.delta", at, body, out);
+                let kind = if at.runs {
+                    "response.mcp_call_arguments.delta"
+                } else {
+                    "response.function_call_arguments.delta"
+                };
+                self.of_item(kind, at, body, out);
+            }
+            Event::CallRuns { at, item } => {
+                if let Content::Call { arguments, .. } = &item.content {
+                    let done = json!({"item_id": at.item, "arguments": arguments});
+                    self.of_item("response.mcp_call_arguments.done", at, done, out);
+                    self.of_item("response.mcp_call.in_progress", at, json!({"item_id": at.item}), out);
+                }
             }
             Event::OutputEnded { at, item } => {
-                if let crate::session::Content::Call { name, arguments, .. } = &item.content {
+                if let Content::Call { name, arguments, run: None, .. } = &item.content {
                     let done = json!({"item_id": at.item, "name": name, "arguments": arguments});
                     self.of_item("response.function_call_arguments.done", at, done, out);
-                } else {
-                    let text = item.spoken().unwrap_or_default();
+                } else if let Some(kind) = items::settled(item) {
+                    self.of_item(kind, at, json!({"item_id": at.item}), out);
+                } else if let Some(text) = item.spoken() {
                     let known = Value::from(self.logprobs.get(&at.index).cloned().unwrap_or_default());
                     let done = json!({"item_id": at.item, "content_index": 0, "text": text, "logprobs": known});
                     self.of_item("response.output_text.done", at, done, out);
@@ -554,6 +568,9 @@ impl Renderer {
             }
             // These come of commands that this dialect does not send.
             Event::Configured(_)
+            | Event::CallSettled(_)
+            | Event::Control { .. }
+            | Event::Listing(_)
             | Event::ItemAdded { .. }
             | Event::ItemRetrieved(_)
             | Event::ItemRemoved(_)
@@ -625,7 +642,8 @@ fn base(
 pub struct Connection {
     access: Arc<dyn Access>,
     sessions: Arc<Sessions>,
-    defaults: Defaults,
+    /// The model that is asked when a request names none.
+    model: Option<String>,
     sender: mpsc::Sender<Delivery>,
     deliveries: mpsc::Receiver<Delivery>,
     /// By the tag with which their events come.
@@ -656,10 +674,10 @@ const CANCEL: &str = "cancel";
 
 impl Connection {
     /// A connection without conversations yet.
-    pub fn new(access: Arc<dyn Access>, sessions: Arc<Sessions>, defaults: Defaults, most_lanes: usize) -> Self {
+    pub fn new(access: Arc<dyn Access>, sessions: Arc<Sessions>, model: Option<String>, most_lanes: usize) -> Self {
         let (sender, deliveries) = mpsc::channel(DELIVERIES);
         let (lanes, named, ready) = (HashMap::new(), HashMap::new(), Vec::new());
-        Self { access, sessions, defaults, sender, deliveries, lanes, named, most_lanes, next_tag: 0, ready }
+        Self { access, sessions, model, sender, deliveries, lanes, named, most_lanes, next_tag: 0, ready }
     }
 
     fn error(&self, error: &Error, stream_id: Option<&str>, out: &mut Frames) {
@@ -699,7 +717,7 @@ impl Connection {
     }
 
     async fn create(&mut self, event: &Value) -> Result<(), Error> {
-        let create = parse(event, &self.defaults)?;
+        let create = parse(event, self.model.as_deref(), &*self.access)?;
         let tag = self.lane(&create.stream_id).await?;
         let Some(lane) = self.lanes.get_mut(&tag) else { return Ok(()) };
         match (&lane.active, &create.stream_id) {
@@ -734,6 +752,7 @@ impl Connection {
             settings: Arc::new(settings),
             base: Some(base),
             input,
+            transcript: None,
             context: None,
             in_conversation: true,
             needs_outputs: false,
@@ -776,7 +795,7 @@ impl Connection {
             None => {
                 let owner = self.access.owner().clone();
                 let session =
-                    self.sessions.open(electron, owner, "responses", settings.clone(), OnLeave::CancelTurn)?;
+                    self.sessions.open(electron, owner, "responses", settings.clone(), OnLeave::CancelTurn, None)?;
                 session.attach(outlet(), OnLeave::CancelTurn, None, false).await?;
                 session
             }
@@ -952,7 +971,7 @@ pub async fn answer(
     let electron = access.model(&model)?;
     let (base, _) = base(previous.as_ref(), &mut input, sessions, &*access)?;
     let watch = access.admit(&model)?;
-    let session = sessions.open(electron, access.owner().clone(), "responses", settings.clone(), OnLeave::End)?;
+    let session = sessions.open(electron, access.owner().clone(), "responses", settings.clone(), OnLeave::End, None)?;
     // The session ends with this channel, and with it the turn of a client that has gone.
     let (sender, mut deliveries) = mpsc::channel(DELIVERIES);
     session.attach(Outlet { sender, tag: 0 }, OnLeave::End, None, false).await?;
@@ -962,6 +981,7 @@ pub async fn answer(
         settings: Arc::new(settings),
         base: Some(base),
         input,
+        transcript: None,
         context: None,
         in_conversation: true,
         needs_outputs: false,

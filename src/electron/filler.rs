@@ -19,6 +19,10 @@ pub enum Place {
     Chained,
     /// While a tool runs longer than silence is comfortable.
     StillWaiting,
+    /// As the agent ends the call.
+    Goodbye,
+    /// When something failed and there is no answer.
+    Trouble,
 }
 
 /// Whether a system prompt is written for an agent that speaks: on the phone or otherwise out loud.
@@ -63,6 +67,8 @@ impl Phrases {
             Place::First => &entry.first,
             Place::Chained => &entry.chained,
             Place::StillWaiting => &entry.still_waiting,
+            Place::Goodbye => &entry.goodbye,
+            Place::Trouble => &entry.trouble,
         };
         let last = last.map(str::trim);
         let phrase = phrases
@@ -89,6 +95,8 @@ pub(super) struct Entry {
     first: Vec<String>,
     chained: Vec<String>,
     still_waiting: Vec<String>,
+    goodbye: Vec<String>,
+    trouble: Vec<String>,
     voice_prompt: Vec<String>,
     #[serde(default)]
     pub(super) hint: Vec<String>,
@@ -498,6 +506,8 @@ mod tests {
                 (4, &entry.first),
                 (3, &entry.chained),
                 (3, &entry.still_waiting),
+                (3, &entry.goodbye),
+                (3, &entry.trouble),
                 (6, &entry.voice_prompt),
                 (0, &entry.hint),
                 (0, &entry.also_called),
@@ -512,12 +522,16 @@ mod tests {
             for stem in entry.words.split_whitespace().filter_map(|word| word.strip_suffix('*')) {
                 assert!(stem.chars().count() >= 3, "{code}: {stem}* would match too much");
             }
-            for phrase in entry.first.iter().chain(&entry.chained).chain(&entry.still_waiting) {
+            let spoken = [&entry.first, &entry.chained, &entry.still_waiting, &entry.goodbye, &entry.trouble];
+            for phrase in spoken.into_iter().flatten() {
                 assert!(phrase.chars().count() <= 80, "{code}: too long to be a filler: {phrase}");
                 assert!(!phrase.contains(['{', '}', '<', '>', '*', '…']), "{code}: {phrase}");
-                // Thai has no full stop; the others are Burmese, Khmer, Ethiopic and Urdu.
-                let stops = ['.', '?', '。', '।', '\u{104B}', '\u{17D4}', '\u{1362}', '\u{06D4}'];
-                assert!(code == "th" || phrase.ends_with(stops), "{code}: {phrase}");
+                // Thai has no full stop; the others are Burmese, Khmer, Ethiopic, Urdu and the Arabic question mark.
+                let stops =
+                    ['.', '?', '!', '。', '！', '？', '।', '\u{104B}', '\u{17D4}', '\u{1362}', '\u{06D4}', '\u{061F}'];
+                // A Greek question ends in a semicolon.
+                let ends = phrase.ends_with(stops) || code == "el" && phrase.ends_with(';');
+                assert!(code == "th" || ends, "{code}: {phrase}");
             }
         }
     }
@@ -527,7 +541,7 @@ mod tests {
         for seed in 0..40 {
             let mut phrases = Phrases::new(Some(seed));
             for language in Language::all() {
-                for place in [Place::First, Place::Chained, Place::StillWaiting] {
+                for place in [Place::First, Place::Chained, Place::StillWaiting, Place::Goodbye, Place::Trouble] {
                     let mut before = phrases.draw(language, place, None);
                     for _ in 0..6 {
                         // What was heard in between came from another draw, as after a reconnect.

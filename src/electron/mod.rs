@@ -5,7 +5,8 @@
 //!
 //! The filler's timing: text leaves as the model makes it, so when a call opens it is known whether the caller has heard
 //! anything in this turn. If not, a phrase from the book leaves at that moment, before the call's name and arguments
-//! exist. A turn that has to call a tool needs no token to know that: there the phrase leaves when the turn starts.
+//! exist. A turn that has to call a tool needs no token to know that: there the phrase leaves when the turn starts. Only
+//! where one of the tools ends the conversation is the name waited for, since that decides between a moment and a goodbye.
 
 pub mod filler;
 pub mod form;
@@ -30,8 +31,8 @@ use crate::{
     engine::{Generation, ModelInfo, Readiness, TokenEngine, TokenEvent, TokenFinish, Tokens},
     error::Error,
     turn::{
-        FillerPolicy, FinishReason, Message, OutputFormat, Progress, TokenLogprob, Tool, Turn, TurnEvent, TurnStream,
-        Usage,
+        FillerPolicy, FinishReason, Message, OutputFormat, Phrase, Progress, TokenLogprob, Tool, Turn, TurnEvent,
+        TurnStream, Usage,
     },
 };
 
@@ -140,9 +141,17 @@ impl Electron {
     /// [`Error::Invalid`], naming the tool whose schema cannot be used.
     pub async fn check_tools(self: &Arc<Self>, tools: Arc<[Tool]>) -> Result<(), Error> {
         let electron = self.clone();
-        tokio::task::spawn_blocking(move || electron.grammars.check_tools(&tools))
+        tokio::task::spawn_blocking(move || electron.check_tools_here(&tools))
             .await
             .map_err(|e| Error::Internal(e.to_string()))?
+    }
+
+    /// The same, on a thread that may be kept busy for some milliseconds.
+    ///
+    /// # Errors
+    /// As [`Electron::check_tools`].
+    pub fn check_tools_here(&self, tools: &[Tool]) -> Result<(), Error> {
+        self.grammars.check_tools(tools)
     }
 
     /// The prompt of a turn as text.
@@ -200,8 +209,8 @@ impl Electron {
     }
 }
 
-/// Whether this turn speaks before it calls.
-fn fills(turn: &Turn) -> bool {
+/// Whether this turn speaks before it calls, and while its tools run.
+pub fn fills(turn: &Turn) -> bool {
     match turn.filler {
         _ if turn.tools.is_empty() => false,
         FillerPolicy::Always => true,
@@ -224,29 +233,49 @@ struct Filler {
     place: Place,
     /// What the agent said last, which is not said again.
     last: Option<String>,
+    /// Tools with which the conversation ends, and what is said then.
+    goodbyes: Vec<(String, Option<Arc<str>>)>,
+}
+
+/// The language in which a turn's caller is spoken to.
+pub fn language_of(turn: &Turn) -> Language {
+    let users = turn.messages.iter().filter_map(|message| match message {
+        Message::User(text) => Some(text.as_str()),
+        _ => None,
+    });
+    let chosen = turn.language.as_deref().and_then(Language::from_code);
+    chosen.unwrap_or_else(|| language::detect(users, system_prompts(turn).next()))
 }
 
 impl Filler {
     fn new(turn: &Turn) -> Self {
-        let users = turn.messages.iter().filter_map(|message| match message {
-            Message::User(text) => Some(text.as_str()),
-            _ => None,
-        });
         let last = turn.messages.iter().rev().find_map(|message| match message {
             Message::Assistant { content: Some(text), .. } if !text.is_empty() => Some(text.clone()),
             _ => None,
         });
         let chained = matches!(turn.messages.last(), Some(Message::Tool { .. }));
+        let goodbyes = turn.tools.iter().filter_map(|tool| match &tool.phrase {
+            Phrase::Filler => None,
+            Phrase::Goodbye(words) => Some((tool.name.clone(), words.clone())),
+        });
         Self {
             phrases: Phrases::new(turn.sampling.seed),
-            language: language::detect(users, system_prompts(turn).next()),
+            language: language_of(turn),
             place: if chained { Place::Chained } else { Place::First },
             last,
+            goodbyes: goodbyes.collect(),
         }
     }
 
-    fn draw(mut self) -> String {
-        self.phrases.draw(self.language, self.place, self.last.as_deref()).to_owned()
+    /// The words before a call of this tool; before any call, where the name is not known yet.
+    fn draw(mut self, tool: Option<&str>) -> String {
+        let goodbye = tool.and_then(|tool| self.goodbyes.iter().find(|(name, _)| name == tool));
+        let place = match goodbye {
+            Some((_, Some(words))) => return words.to_string(),
+            Some((_, None)) => Place::Goodbye,
+            None => self.place,
+        };
+        self.phrases.draw(self.language, place, self.last.as_deref()).to_owned()
     }
 }
 
@@ -355,6 +384,7 @@ impl Reader {
                 Parsed::Text(delta) => self.say(delta),
                 Parsed::CallOpened => self.call_opened(),
                 Parsed::CallNamed(name) => {
+                    self.fill(Some(&name));
                     let id = format!("call_{}", Uuid::now_v7().simple());
                     self.ready.push_back(TurnEvent::CallBegun { index: self.calls, id, name });
                     self.calls += 1;
@@ -380,8 +410,14 @@ impl Reader {
 
     fn call_opened(&mut self) {
         self.logprobs.clear();
+        if self.filler.as_ref().is_some_and(|filler| filler.goodbyes.is_empty()) {
+            self.fill(None);
+        }
+    }
+
+    fn fill(&mut self, tool: Option<&str>) {
         if let Some(filler) = self.filler.take() {
-            self.say(filler.draw());
+            self.say(filler.draw(tool));
             metrics::histogram!("electron_filler_delay_seconds").record(self.latest.elapsed().as_secs_f64());
         }
     }

@@ -1,6 +1,7 @@
 //! The HTTP server: routes, middleware, connections, shutdown.
 
 mod access;
+mod agents;
 mod auth;
 mod health;
 mod observe;
@@ -10,6 +11,7 @@ pub mod telemetry;
 use std::{
     future::Future,
     net::SocketAddr,
+    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -17,7 +19,7 @@ use std::{
 use axum::{
     Extension, Json, Router,
     body::Body,
-    extract::{Path, Request, State, rejection::PathRejection},
+    extract::{Path as UrlPath, Request, State, rejection::PathRejection},
     http::{HeaderValue, Method, Response, header},
     middleware,
     response::IntoResponse,
@@ -44,12 +46,15 @@ use tower_http::{
 
 pub use self::auth::{hash_key, new_key};
 use self::{
+    access::{Granted, PathAgent},
     auth::{Auth, Caller},
     observe::{Observed, RequestId},
 };
 use crate::{
+    agent::Agents,
     config::Config,
     dialect::{
+        Access,
         chat_completions::{self, Answering},
         socket,
     },
@@ -57,6 +62,8 @@ use crate::{
     engine::{RETRY_AFTER, Readiness},
     error::Error,
     session::{Limits, Sessions, store::Memory},
+    tool::{Control, Tools, guard::Guard},
+    turn::FillerPolicy,
 };
 
 /// The public contract of all HTTP routes.
@@ -68,6 +75,9 @@ const ASYNCAPI: &str = include_str!("../../proto/asyncapi.yaml");
 pub struct App {
     config: Config,
     auth: Auth,
+    agents: Arc<Agents>,
+    tools: Arc<Tools>,
+    public_url: String,
     /// Set once the model is loaded.
     electron: OnceLock<Arc<Electron>>,
     sessions: Arc<Sessions>,
@@ -84,33 +94,69 @@ pub struct App {
 #[derive(Clone)]
 struct Place(#[expect(dead_code, reason = "held, not used")] Arc<OwnedSemaphorePermit>);
 
+/// The other end of a connection.
+#[derive(Clone, Copy)]
+struct Peer(SocketAddr);
+
 // === impl App ===
 
 impl App {
-    /// The state of a server whose model is not loaded yet.
+    /// The state of a server whose model is not loaded yet. Has to be called on a runtime.
     ///
-    /// `extra_key` is a key in the clear that is accepted besides the configured ones. Has to be called on a runtime.
-    pub fn new(config: Config, extra_key: Option<&str>) -> Arc<Self> {
+    /// `file` is where the settings come from, whose agents are read again when it changes, `address` where the server
+    /// listens, and `extra_key` a key in the clear that is accepted besides the configured ones.
+    ///
+    /// # Errors
+    /// A text for the operator that says what is wrong with the agents.
+    pub fn new(
+        config: Config,
+        file: Option<&Path>,
+        address: SocketAddr,
+        extra_key: Option<&str>,
+    ) -> Result<Arc<Self>, String> {
         let auth = Auth::new(&config.keys, extra_key);
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
         let limits = Limits::new(&config);
-        let sessions = Sessions::new(limits, Arc::new(Memory::new(config.session.max_stored)));
-        Arc::new(Self {
+        let public_url = match config.server.public_url.as_str() {
+            "" => format!("http://{address}"),
+            url => url.to_owned(),
+        };
+        let tools = Tools::new(&config.tools.allow_urls, &config.tools.allow_networks, &public_url)?;
+        let agents = Arc::new(load_agents(&config, file, tools.guard().clone())?);
+        let store = Arc::new(Memory::new(config.session.max_stored));
+        let sessions = Sessions::new(limits, store, tools.clone());
+        let stop = CancellationToken::new();
+        tokio::spawn(agents.clone().watch(stop.clone()));
+        Ok(Arc::new(Self {
             config,
             auth,
+            agents,
+            tools,
+            public_url,
             electron: OnceLock::new(),
             sessions,
             limits,
-            stop: CancellationToken::new(),
+            stop,
             sockets: TaskTracker::new(),
             metrics: telemetry::metrics(),
             started,
-        })
+        }))
     }
 
     /// Starts to serve this model.
-    pub fn serve_model(&self, electron: Arc<Electron>) {
+    ///
+    /// # Errors
+    /// A text for the operator, when an agent's tools cannot be used with it.
+    pub fn serve_model(&self, electron: Arc<Electron>) -> Result<(), String> {
+        let own = electron.clone();
+        let name = self.config.model.name.clone();
+        self.agents.set_check(Box::new(move |agent| {
+            let settings = agent.settings(&name, FillerPolicy::Auto, &Default::default(), &Control::ALL, true);
+            let tools = settings.persona.as_ref().map_or(&[][..], |persona| &persona.kit.tools);
+            own.check_tools_here(tools).map_err(|e| e.to_string())
+        }))?;
         let _ = self.electron.set(electron);
+        Ok(())
     }
 
     fn readiness(&self) -> Readiness {
@@ -118,6 +164,16 @@ impl App {
             Some(electron) => electron.readiness(),
             None => Readiness::NotReady("the model is being loaded".into()),
         }
+    }
+
+    /// What a caller can name as a model: the model, and the model as each of the agents.
+    fn model_names(&self, caller: &Caller) -> Vec<String> {
+        let model = &self.config.model.name;
+        if caller.check_model(model).is_err() {
+            return Vec::new();
+        }
+        let agents = self.agents.names();
+        std::iter::once(model.clone()).chain(agents.iter().map(|agent| format!("{model}:{agent}"))).collect()
     }
 
     /// The model of this name.
@@ -134,6 +190,22 @@ impl App {
     }
 }
 
+/// The agents of the settings and of their folder.
+///
+/// # Errors
+/// A text for the operator with everything that is wrong.
+pub fn load_agents(config: &Config, file: Option<&Path>, guard: Arc<Guard>) -> Result<Agents, String> {
+    let dir = Some(config.server.agents_dir.as_str()).filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let agents = Agents::load(file.map(Path::to_owned), dir, guard)?;
+    for agent in agents.names().iter().filter_map(|name| agents.get(name)) {
+        let key = &agent.definition.key;
+        if !key.is_empty() && !config.keys.iter().any(|known| known.name == *key) {
+            return Err(format!("agents.{}.key = {key}: there is no such key among [[keys]]", agent.name));
+        }
+    }
+    Ok(agents)
+}
+
 /// All routes with their middleware.
 pub fn router(app: Arc<App>) -> Router {
     let mut api = Router::new();
@@ -147,7 +219,15 @@ pub fn router(app: Arc<App>) -> Router {
             .route(&format!("{prefix}/responses/{{id}}/cancel"), post(sessions::cancel_response))
             .route(&format!("{prefix}/responses/{{id}}/input_items"), get(sessions::input_items));
     }
+    // The same for clients that choose an agent by their base URL.
+    let of_agent = Router::new()
+        .route("/agents/{agent}/v1/chat/completions", post(chat_completions))
+        .route("/agents/{agent}/v1/models", get(models))
+        .route("/agents/{agent}/v1/responses", post(sessions::create_response).get(sessions::connect_responses))
+        .route("/agents/{agent}/v1/realtime", get(sessions::connect_realtime))
+        .layer(middleware::from_fn_with_state(app.clone(), path_agent));
     let api = api
+        .merge(of_agent)
         .route("/v1/realtime", get(sessions::connect_realtime))
         .route("/v1/realtime/client_secrets", post(sessions::client_secret))
         .route("/v1/sessions", get(sessions::list_sessions))
@@ -155,6 +235,12 @@ pub fn router(app: Arc<App>) -> Router {
     let api = api.layer(middleware::from_fn_with_state(app.clone(), auth::authenticate));
     Router::new()
         .merge(api)
+        .route("/v1/sessions/{id}/tool_calls/{call_id}/output", post(agents::tool_output))
+        .route("/agents/{agent}/twilio/voice", post(agents::twilio_voice))
+        .route("/agents/{agent}/twilio/action", post(agents::twilio_action))
+        .route("/agents/{agent}/twilio/relay", get(agents::twilio_relay))
+        .route("/agents/{agent}/retell/llm-websocket/{call_id}", get(agents::retell))
+        .route("/agents/{agent}/retell/{secret}/llm-websocket/{call_id}", get(agents::retell_secret))
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/metrics", get(health::metrics))
@@ -176,14 +262,22 @@ async fn chat_completions(
     request: Request,
 ) -> Result<Response<Body>, Error> {
     let deadline = Instant::now() + app.config.server.request_timeout;
+    let agent = request.extensions().get::<PathAgent>().cloned();
+    let access = Granted::new(app.clone(), caller.clone(), observed.clone(), request_id.clone());
+    let access = access.of("chat_completions", agent);
     let permit = caller.admit()?;
     let body = read_body(request, &app.config).await?;
-    let request = chat_completions::parse(&body, app.config.electron.filler)?;
-    let electron = app.model(&request.model, &caller)?;
+    let mut request = chat_completions::parse(&body, |model, variables| access.settings(model, variables))?;
+    let electron = access.model(&request.model)?;
     observed.asked(&request.model, &request.turn, app.config.log.content);
     let wants_logprobs = request.turn.sampling.logprobs.is_some();
-    let running = electron.turn(request.turn).await?;
-    let events = observed.watch(running, permit);
+    let events = if request.settings.persona.is_some() {
+        // The turn is counted where its rounds are.
+        drop(permit);
+        chat_completions::agent_turn(&mut request, electron, &access, &app.sessions, app.limits.history).await?
+    } else {
+        observed.watch(electron.turn(request.turn).await?, Arc::new(permit))
+    };
     let answering = Answering {
         events,
         model: request.model,
@@ -197,22 +291,32 @@ async fn chat_completions(
 }
 
 async fn models(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Json<serde_json::Value> {
-    let name = app.config.model.name.as_str();
-    let names = Some(name).filter(|name| caller.check_model(name).is_ok());
-    Json(chat_completions::models(names, app.started))
+    let names = app.model_names(&caller);
+    Json(chat_completions::models(names.iter().map(String::as_str), app.started))
+}
+
+/// Names the agent of a request by its path.
+async fn path_agent(
+    State(app): State<Arc<App>>,
+    mut request: Request,
+    next: middleware::Next,
+) -> Result<Response<Body>, Error> {
+    let name = request.uri().path().split('/').nth(2).unwrap_or_default();
+    let agent = app.agents.get(name).ok_or_else(|| Error::NotFound(format!("There is no agent `{name}`.")))?;
+    request.extensions_mut().insert(PathAgent(agent.name.clone()));
+    Ok(next.run(request).await)
 }
 
 async fn model(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<UrlPath<String>, PathRejection>,
 ) -> Result<Json<serde_json::Value>, Error> {
-    let Path(id) = id.map_err(|_| Error::invalid("id", "the model's name is not valid UTF-8"))?;
-    let name = app.config.model.name.as_str();
-    if id != name || caller.check_model(name).is_err() {
+    let UrlPath(id) = id.map_err(|_| Error::invalid("id", "the model's name is not valid UTF-8"))?;
+    if !app.model_names(&caller).contains(&id) {
         return Err(Error::NotFound(format!("The model `{id}` does not exist.")));
     }
-    let mut list = chat_completions::models(Some(name), app.started);
+    let mut list = chat_completions::models(Some(id.as_str()), app.started);
     Ok(Json(list["data"][0].take()))
 }
 
@@ -290,10 +394,10 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
     tokio::pin!(stop);
     loop {
         let place = places.clone().acquire_owned();
-        let (place, stream) = tokio::select! {
+        let (place, stream, peer) = tokio::select! {
             () = &mut stop => break,
             accepted = async { (place.await, listener.accept().await) } => match accepted {
-                (Ok(place), Ok((stream, _))) => (place, stream),
+                (Ok(place), Ok((stream, peer))) => (place, stream, peer),
                 // Out of file descriptors, or the client is gone already: neither ends the server.
                 (_, Err(e)) => {
                     tracing::warn!(error = %e, "a connection could not be accepted");
@@ -312,6 +416,7 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
         let held = place.clone();
         let service = router.clone().map_request(move |mut request: Request<_>| {
             request.extensions_mut().insert(place.clone());
+            request.extensions_mut().insert(Peer(peer));
             request
         });
         let service = TowerToHyperService::new(service);

@@ -180,8 +180,13 @@ impl Observed {
         Self { span, started: Instant::now() }
     }
 
+    /// The same, from now on: a round of a turn has a duration of its own.
+    pub(super) fn again(&self) -> Self {
+        Self { span: self.span.clone(), started: Instant::now() }
+    }
+
     /// Counts what a turn costs, also when nobody reads it to its end.
-    pub(super) fn watch(self, turn: TurnStream, permit: Permit) -> TurnStream {
+    pub(super) fn watch(self, turn: TurnStream, permit: Arc<Permit>) -> TurnStream {
         let progress = turn.progress();
         let watched = Watched {
             turn: Mutex::new(turn),
@@ -204,7 +209,7 @@ struct Watched {
     first: Option<Duration>,
     calls: bool,
     ended: Option<FinishReason>,
-    _permit: Permit,
+    _permit: Arc<Permit>,
 }
 
 impl Stream for Watched {

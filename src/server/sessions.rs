@@ -16,25 +16,23 @@ use serde_json::{Value, json};
 
 use super::{
     App, Place,
-    access::Granted,
+    access::{Granted, PathAgent},
     auth::Caller,
     observe::{Observed, RequestId},
     read_body,
 };
 use crate::{
     dialect::{
-        realtime,
-        responses::{self, Defaults},
-        sessions,
+        Access, realtime, responses, sessions,
         socket::{self, Protocol},
     },
     error::{Error, Fault},
-    session::{Settings, response::now},
+    session::response::now,
 };
 
 type Params = Result<Query<HashMap<String, String>>, QueryRejection>;
 type Id = Result<Path<String>, PathRejection>;
-type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
+pub(super) type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
 
 fn id(id: Id) -> Result<String, Error> {
     id.map(|Path(id)| id).map_err(|_| Error::invalid("id", "the id is not valid UTF-8"))
@@ -44,7 +42,7 @@ fn params(params: Params) -> Result<HashMap<String, String>, Error> {
     params.map(|Query(params)| params).map_err(|e| Error::invalid("query", e.body_text()))
 }
 
-async fn body(request: Request, app: &App) -> Result<Value, Error> {
+pub(super) async fn body(request: Request, app: &App) -> Result<Value, Error> {
     let body = read_body(request, &app.config).await?;
     let fault = |why: String| Error::Invalid(vec![Fault::new([], why)]);
     if body.is_empty() {
@@ -62,9 +60,10 @@ pub(super) async fn create_response(
     Extension(observed): Extension<Observed>,
     request: Request,
 ) -> Result<Response<Body>, Error> {
+    let agent = request.extensions().get::<PathAgent>().cloned();
     let body = body(request, &app).await?;
-    let create = responses::parse(&body, &Defaults { model: None, filler: app.config.electron.filler })?;
-    let access = Granted::on(app.clone(), caller, observed, request_id);
+    let access = Arc::new(Granted::new(app.clone(), caller, observed, request_id).of("responses", agent));
+    let create = responses::parse(&body, None, &*access)?;
     responses::answer(create, access, &app.sessions).await
 }
 
@@ -74,15 +73,16 @@ pub(super) async fn connect_responses(
     Extension(request_id): Extension<RequestId>,
     Extension(observed): Extension<Observed>,
     Extension(place): Extension<Place>,
+    agent: Option<Extension<PathAgent>>,
     query: Params,
     upgrade: Upgrade,
 ) -> Result<Response<Body>, Error> {
     let upgrade = upgrade.map_err(|e| not_upgraded("/v1/responses", &e))?;
     let model = params(query)?.remove("model");
     drop(caller.admit()?);
-    let access = Granted::on(app.clone(), caller, observed, request_id);
-    let defaults = Defaults { model, filler: app.config.electron.filler };
-    let connection = responses::Connection::new(access, app.sessions.clone(), defaults, app.config.session.max_lanes);
+    let agent = agent.map(|Extension(agent)| agent);
+    let access = Arc::new(Granted::new(app.clone(), caller, observed, request_id).of("responses", agent));
+    let connection = responses::Connection::new(access, app.sessions.clone(), model, app.config.session.max_lanes);
     Ok(serve(&app, place, upgrade, connection))
 }
 
@@ -118,8 +118,8 @@ pub(super) async fn cancel_response(
     path: Id,
 ) -> Result<Json<Value>, Error> {
     let id = id(path)?;
-    let access = Granted::on(app.clone(), caller, observed, request_id);
-    Ok(Json(responses::stop(&id, &*access, &app.sessions).await?))
+    let access = Granted::new(app.clone(), caller, observed, request_id);
+    Ok(Json(responses::stop(&id, &access, &app.sessions).await?))
 }
 
 pub(super) async fn input_items(
@@ -141,6 +141,7 @@ pub(super) async fn connect_realtime(
     Extension(request_id): Extension<RequestId>,
     Extension(observed): Extension<Observed>,
     Extension(place): Extension<Place>,
+    agent: Option<Extension<PathAgent>>,
     query: Params,
     upgrade: Upgrade,
 ) -> Result<Response<Body>, Error> {
@@ -148,11 +149,17 @@ pub(super) async fn connect_realtime(
     let upgrade = upgrade.map_err(|e| not_upgraded("/v1/realtime", &e))?.protocols(["realtime"]);
     let mut params = params(query)?;
     drop(caller.admit()?);
-    let settings = match caller.secret() {
-        Some(settings) => Settings::clone(settings),
+    let agent = agent.map(|Extension(agent)| agent);
+    let secret = caller.secret().cloned();
+    let access = Arc::new(Granted::new(app.clone(), caller, observed, request_id).of("realtime", agent));
+    let settings = match secret {
+        Some(settings) => settings,
         None => {
             let model = params.remove("model").unwrap_or_else(|| app.config.model.name.clone());
-            Settings::new(&model, app.config.electron.filler)
+            // What else stands in the URL is known of the call.
+            let known = |(name, _): &(&String, &String)| !["session_id", "last_event_id"].contains(&name.as_str());
+            let variables = params.iter().filter(known).map(|(name, value)| (name.clone(), value.as_str().into()));
+            access.settings(&model, &variables.collect())?
         }
     };
     let opening = realtime::Opening {
@@ -160,7 +167,6 @@ pub(super) async fn connect_realtime(
         last_event_id: params.remove("last_event_id"),
         settings,
     };
-    let access = Granted::on(app.clone(), caller, observed, request_id);
     let connection = realtime::connect(access, &app.sessions, opening, app.limits.history).await?;
     Ok(serve(&app, place, upgrade, connection))
 }
@@ -168,19 +174,24 @@ pub(super) async fn connect_realtime(
 pub(super) async fn client_secret(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
+    Extension(request_id): Extension<RequestId>,
+    Extension(observed): Extension<Observed>,
     request: Request,
 ) -> Result<Json<Value>, Error> {
     let body = body(request, &app).await?;
+    let access = Granted::new(app.clone(), caller.clone(), observed, request_id).of("realtime", None);
     let Value::Object(mut body) = body else {
         return Err(Error::Invalid(vec![Fault::new([], "The body has to be an object.")]));
     };
     let session = body.remove("session").filter(|value| !value.is_null()).unwrap_or_else(|| json!({}));
     let model = session.get("model").and_then(Value::as_str).unwrap_or(&app.config.model.name).to_owned();
-    let electron = app.model(&model, &caller).map_err(|e| match e {
+    let electron = access.model(&model).map_err(|e| match e {
         Error::ModelNotFound(_) => Error::invalid("model", e.to_string()).under(&["session".into()]),
         other => other,
     })?;
-    let settings = realtime::settings(&session, &Settings::new(&model, app.config.electron.filler), "session")?;
+    let variables = session.get("metadata").and_then(Value::as_object).cloned().unwrap_or_default();
+    let settings = access.settings(&model, &variables)?;
+    let settings = realtime::settings(&session, &settings, access.guard(), "session")?;
     electron.check_tools(settings.tools.clone()).await.map_err(realtime::in_session)?;
     let seconds = match body.get("expires_after").filter(|value| !value.is_null()) {
         None => 600,
@@ -228,11 +239,16 @@ pub(super) async fn delete_session(
 
 // === WebSockets ===
 
-fn not_upgraded(path: &str, why: &WebSocketUpgradeRejection) -> Error {
+pub(super) fn not_upgraded(path: &str, why: &WebSocketUpgradeRejection) -> Error {
     Error::UpgradeRequired(format!("GET {path} is a WebSocket: connect to it with ws:// or wss://. ({why})"))
 }
 
-fn serve(app: &Arc<App>, place: Place, upgrade: WebSocketUpgrade, protocol: impl Protocol + 'static) -> Response<Body> {
+pub(super) fn serve(
+    app: &Arc<App>,
+    place: Place,
+    upgrade: WebSocketUpgrade,
+    protocol: impl Protocol + 'static,
+) -> Response<Body> {
     let config = &app.config;
     let limits = socket::Limits {
         max_message: usize::try_from(config.session.max_message.as_u64()).unwrap_or(usize::MAX),

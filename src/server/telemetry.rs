@@ -35,8 +35,8 @@ pub fn start(log: &Log) -> Result<Telemetry, String> {
     } else {
         None
     };
-    // What matters of the engine is said by us; it also reports as an error what is done to empty its prefix cache.
-    let quieter = "mistralrs_core=off,mistralrs_quant=warn,mistralrs=warn,hyper=warn,reqwest=warn,opentelemetry=warn,opentelemetry_sdk=warn,opentelemetry-otlp=warn";
+    // What matters of MCP servers and of the engine is said by us; it also reports as an error what is done to empty its prefix cache.
+    let quieter = "rmcp=off,mistralrs_core=off,mistralrs_quant=warn,mistralrs=warn,hyper=warn,reqwest=warn,opentelemetry=warn,opentelemetry_sdk=warn,opentelemetry-otlp=warn";
     let filter = EnvFilter::try_new(format!("{quieter},{}", log.level)).map_err(|e| format!("log.level: {e}"))?;
     let lines = match log.format {
         LogFormat::Human => tracing_subscriber::fmt::layer()
@@ -98,6 +98,15 @@ fn describe() {
     describe_counter!("electron_cached_tokens_total", "Tokens of prompts that the prefix cache served.");
     describe_counter!("electron_completion_tokens_total", "Generated tokens.");
     describe_counter!("electron_prefix_cache_flushes_total", "Times that the prefix cache was emptied.");
+    describe_counter!("electron_tool_attempts_total", "Requests to tools' callbacks by what came of them.");
+    describe_counter!("electron_tool_results_refused_total", "Late results of tools that were not taken, by status.");
+    describe_counter!("electron_mcp_connects_total", "Connections to MCP servers by what came of them.");
+    describe_counter!("electron_agent_reloads_total", "Agents that were read again, by what came of it.");
+    describe_histogram!(
+        "electron_tool_seconds",
+        Unit::Seconds,
+        "From a call to its outcome, by agent, kind of tool and result."
+    );
     describe_gauge!("electron_queue_length", "Turns that wait for a slot.");
     describe_gauge!("electron_sessions", "Sessions, with and without a connection.");
     describe_gauge!("electron_websockets", "Open WebSockets.");

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Fault},
-    turn::{Message, ToolCall},
+    turn::{Message, Tool, ToolCall},
 };
 
 /// An id on the wire, such as `item_…`.
@@ -26,6 +26,8 @@ pub fn new_id(prefix: &str) -> Id {
 
 /// What stands in the prompt for the result of a call that was never answered.
 const CANCELLED: &str = "{\"error\": \"The call was cancelled before it had a result.\"}";
+/// What stands there while a call still runs and the conversation goes on.
+const STILL_RUNNING: &str = "{\"status\": \"This still runs; the result is not known yet.\"}";
 
 /// One thing that was said, called or answered. Never changed once it is part of a history.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,8 +49,8 @@ pub enum Content {
         role: Role,
         /// The text.
         text: String,
-        /// Whether they were spoken on the way to a tool call, as a filler is.
-        commentary: bool,
+        /// Why they were said.
+        phase: Phase,
     },
     /// A call that the model made.
     Call {
@@ -58,14 +60,75 @@ pub enum Content {
         name: String,
         /// JSON text.
         arguments: String,
+        /// Of a tool that the gateway runs.
+        run: Option<Run>,
     },
-    /// What a tool answered.
+    /// What a tool of the client's answered.
     Output {
         /// The call that it answers.
         call_id: Id,
         /// Text or JSON.
         output: String,
     },
+    /// The tools of a server, as it listed them.
+    Listing {
+        /// The server's label.
+        server: Id,
+        /// Its tools, or why they are not known.
+        tools: Result<Arc<[Tool]>, String>,
+    },
+    /// A person's word on a call that had to be approved.
+    Approval {
+        /// The item that asked for it.
+        request: Id,
+        /// Whether the tool may run.
+        approve: bool,
+    },
+}
+
+/// Why something was said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// To answer.
+    #[default]
+    Answer,
+    /// On the way to a tool call.
+    Filler,
+    /// While a tool ran. The model does not read it again, since it tells nothing.
+    Waiting,
+}
+
+/// How far a call came that the gateway runs. It has one outcome, [`RunState::Done`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// What clients read as the tool's server.
+    pub server: Id,
+    /// How far it came.
+    pub state: RunState,
+    /// The request that was approved.
+    pub approval: Option<Id>,
+}
+
+/// How far a call came.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunState {
+    /// The model writes its arguments.
+    Called,
+    /// It waits for a person's approval. A conversation that goes on without gives it up.
+    AwaitsApproval,
+    /// The tool runs.
+    Running,
+    /// It is over.
+    Done(Answer),
+}
+
+/// The outcome of a call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// What the model reads: text or JSON.
+    pub output: String,
+    /// Why there is no result, in words for a person.
+    pub error: Option<String>,
 }
 
 /// Who speaks.
@@ -153,15 +216,24 @@ pub struct View {
 impl Item {
     /// A message of any role.
     pub fn message(id: Id, role: Role, text: impl Into<String>) -> Self {
-        Self { id, content: Content::Message { role, text: text.into(), commentary: false }, status: Status::Completed }
+        let content = Content::Message { role, text: text.into(), phase: Phase::Answer };
+        Self { id, content, status: Status::Completed }
     }
 
     /// The bytes of text that it holds.
     fn bytes(&self) -> usize {
         match &self.content {
             Content::Message { text, .. } => text.len(),
-            Content::Call { name, arguments, .. } => name.len() + arguments.len(),
+            Content::Call { name, arguments, run, .. } => {
+                let output = run.as_ref().map_or(0, |run| match &run.state {
+                    RunState::Done(answer) => answer.output.len(),
+                    _ => 0,
+                });
+                name.len() + arguments.len() + output
+            }
             Content::Output { output, .. } => output.len(),
+            // What a server lists is shared by all who ask it.
+            Content::Listing { .. } | Content::Approval { .. } => 0,
         }
     }
 
@@ -171,6 +243,27 @@ impl Item {
             Content::Message { role: Role::Assistant, text, .. } => Some(text),
             _ => None,
         }
+    }
+
+    /// How far a call came that the gateway runs.
+    pub fn run(&self) -> Option<&Run> {
+        match &self.content {
+            Content::Call { run, .. } => run.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The same call, further on.
+    pub fn with_run(&self, state: RunState) -> Self {
+        let mut item = self.clone();
+        let done = matches!(state, RunState::Done(_));
+        if let Content::Call { run: Some(run), .. } = &mut item.content {
+            run.state = state;
+        }
+        if done {
+            item.status = Status::Completed;
+        }
+        item
     }
 
     /// The id of a call.
@@ -186,14 +279,14 @@ impl Item {
     /// # Errors
     /// [`Error::Invalid`] when the item was not spoken by the model, or does not start with the text.
     pub fn heard(&self, heard: &str) -> Result<Self, Error> {
-        let Content::Message { role: Role::Assistant, text, commentary } = &self.content else {
+        let Content::Message { role: Role::Assistant, text, phase } = &self.content else {
             return Err(Error::invalid("item_id", format!("`{}` is no message of the assistant", self.id)));
         };
         let end = heard_end(text, heard).ok_or_else(|| {
             Error::invalid("text", format!("text has to be the beginning of what `{}` says", self.id))
         })?;
         let status = if end == text.len() { self.status } else { Status::Incomplete };
-        let content = Content::Message { role: Role::Assistant, text: text[..end].to_owned(), commentary: *commentary };
+        let content = Content::Message { role: Role::Assistant, text: text[..end].to_owned(), phase: *phase };
         Ok(Self { id: self.id.clone(), content, status })
     }
 }
@@ -285,6 +378,66 @@ impl History {
                 true
             }
         });
+    }
+
+    /// Takes a platform's transcript of the whole call as what was heard: what the agent is shown to have said replaces what
+    /// it said since the caller spoke last, and what the caller said since is added. `known` is how many utterances of an
+    /// earlier version are part of the history; gives how many are now.
+    pub(super) fn transcribe(&mut self, transcript: &[(Role, String)], known: usize) -> usize {
+        let view = self.view();
+        let mut new = &transcript[known.min(transcript.len())..];
+        let user = |item: &&Arc<Item>| matches!(item.content, Content::Message { role: Role::User, .. });
+        let last_user = view.items.iter().rev().find(user);
+        // A caller who went on speaking after an answer had begun: their last words are longer now.
+        if let (Some((Role::User, now)), Some(item)) =
+            (known.checked_sub(1).and_then(|at| transcript.get(at)), last_user)
+            && let Content::Message { text, .. } = &item.content
+            && !text.trim_end().ends_with(now.trim())
+        {
+            self.replace(Arc::new(Item::message(item.id.clone(), Role::User, now.trim())));
+        }
+        let agent = new.iter().take_while(|(role, _)| *role == Role::Assistant).count();
+        let heard = new[..agent].iter().map(|(_, text)| text.trim()).collect::<Vec<_>>().join(" ");
+        new = &new[agent..];
+        self.correct(&view.latest_words(), &heard);
+        // Whatever is left: the caller's words, and words of the agent's that this history does not know.
+        for (role, text) in new.iter().filter(|(_, text)| !text.trim().is_empty()) {
+            self.push(Record::Add {
+                item: Arc::new(Item::message(new_id("msg"), *role, text.trim())),
+                place: Place::End,
+            });
+        }
+        transcript.iter().rposition(|(role, _)| *role == Role::User).map_or(0, |at| at + 1)
+    }
+
+    /// Makes of what was said what was heard.
+    fn correct(&mut self, said: &[Arc<Item>], heard: &str) {
+        let spoken = said.iter().filter_map(|item| item.spoken()).collect::<Vec<_>>().join(" ");
+        let Some(last) = said.last() else {
+            if !heard.is_empty() {
+                self.push(Record::Add {
+                    item: Arc::new(Item::message(new_id("msg"), Role::Assistant, heard)),
+                    place: Place::End,
+                });
+            }
+            return;
+        };
+        if heard_end(&spoken, heard).is_some_and(|end| end == spoken.len()) && !heard.is_empty() {
+            return;
+        }
+        let mut changed = if heard.is_empty() { Vec::new() } else { heard_of(said, heard) };
+        if changed.is_empty() {
+            // Nothing of it was heard, or it was heard in other words.
+            changed = said.iter().filter_map(|item| item.heard("").ok()).collect();
+            if let (false, Some(Item { content: Content::Message { text, .. }, .. })) =
+                (heard.is_empty(), changed.iter_mut().find(|item| item.id == last.id))
+            {
+                *text = heard.to_owned();
+            }
+        }
+        for item in changed {
+            self.replace(Arc::new(item));
+        }
     }
 
     /// Adds an item of the model, which needs no check.
@@ -432,9 +585,16 @@ impl View {
         Err(Error::invalid("call_id", why))
     }
 
-    /// Ids of all calls that are part of the prompt.
+    /// Ids of the client's calls that are part of the prompt.
     fn calls(&self) -> impl Iterator<Item = &Id> {
-        self.items.iter().filter(|item| item.status == Status::Completed).filter_map(|item| item.call())
+        let clients = |item: &&Arc<Item>| item.status == Status::Completed && item.run().is_none();
+        self.items.iter().filter(clients).filter_map(|item| item.call())
+    }
+
+    /// The first call of the gateway's that is running.
+    pub fn running(&self) -> Option<&Id> {
+        let runs = |item: &&Arc<Item>| item.run().is_some_and(|run| run.state == RunState::Running);
+        self.items.iter().find(runs).and_then(|item| item.call())
     }
 
     fn outputs(&self) -> impl Iterator<Item = (&Id, &str)> {
@@ -457,6 +617,15 @@ impl View {
     pub fn messages(&self) -> Vec<Message> {
         let mut outputs: HashMap<&Id, &str> = self.outputs().collect();
         let mut messages = Vec::with_capacity(self.items.len());
+        for item in &self.items {
+            if let Content::Call { call_id, run: Some(run), .. } = &item.content {
+                match &run.state {
+                    RunState::Done(answer) => drop(outputs.insert(call_id, &answer.output)),
+                    RunState::Running => drop(outputs.insert(call_id, STILL_RUNNING)),
+                    RunState::Called | RunState::AwaitsApproval => {}
+                }
+            }
+        }
         let mut waiting: Vec<&Id> = Vec::new();
         let mut answer = |waiting: &mut Vec<&Id>, messages: &mut Vec<Message>| {
             for call in waiting.drain(..) {
@@ -466,6 +635,7 @@ impl View {
         };
         for item in &self.items {
             match &item.content {
+                Content::Message { phase: Phase::Waiting, .. } => {}
                 Content::Message { role: Role::Assistant, text, .. } => {
                     answer(&mut waiting, &mut messages);
                     if !text.is_empty() {
@@ -479,7 +649,7 @@ impl View {
                         _ => Message::User(text.clone()),
                     });
                 }
-                Content::Call { call_id, name, arguments } if item.status == Status::Completed => {
+                Content::Call { call_id, name, arguments, run } if is_called(item.status, run.as_ref()) => {
                     let call = ToolCall { id: call_id.to_string(), name: name.clone(), arguments: arguments.clone() };
                     match messages.last_mut() {
                         Some(Message::Assistant { tool_calls, .. }) => tool_calls.push(call),
@@ -487,11 +657,18 @@ impl View {
                     }
                     waiting.push(call_id);
                 }
-                Content::Call { .. } | Content::Output { .. } => {}
+                Content::Call { .. } | Content::Output { .. } | Content::Listing { .. } | Content::Approval { .. } => {}
             }
         }
         answer(&mut waiting, &mut messages);
         messages
+    }
+
+    /// What was said to the caller since they spoke last.
+    pub fn latest_words(&self) -> Vec<Arc<Item>> {
+        let is_user = |item: &Arc<Item>| matches!(item.content, Content::Message { role: Role::User, .. });
+        let from = self.items.iter().rposition(is_user).map_or(0, |at| at + 1);
+        self.items[from..].iter().filter(|item| item.spoken().is_some()).cloned().collect()
     }
 
     /// The items of the oldest exchange: what a caller said and all that followed until they spoke again. Instructions
@@ -502,6 +679,58 @@ impl View {
         let next = spoken.iter().skip(1).position(|item| is(item, Role::User))? + 1;
         Some(spoken[..next].iter().map(|item| item.id.clone()).collect())
     }
+}
+
+/// Whether a call is part of the prompt.
+fn is_called(status: Status, run: Option<&Run>) -> bool {
+    match run {
+        None => status == Status::Completed,
+        Some(run) => matches!(run.state, RunState::Running | RunState::Done(_)),
+    }
+}
+
+/// Applies to several messages, said one after the other, what was heard of them. `heard` is what was heard of all of
+/// them, or of those from some message on, or of the sentence that was being spoken, when the caller heard what comes
+/// before to its end. Gives those that change; messages that nothing was heard of become empty.
+pub fn heard_of(said: &[Arc<Item>], heard: &str) -> Vec<Item> {
+    let unheard = |items: &[Arc<Item>]| -> Vec<Item> { items.iter().filter_map(|item| item.heard("").ok()).collect() };
+    if heard.trim().is_empty() {
+        return said.last().map_or_else(Vec::new, |last| unheard(std::slice::from_ref(last)));
+    }
+    for from in (0..said.len()).rev() {
+        let mut rest = heard.trim();
+        for (at, item) in said.iter().enumerate().skip(from) {
+            let words = item.spoken().unwrap_or_default();
+            // All of this one was heard, and more.
+            if let Some(end) = heard_end(rest, words.trim())
+                && end < rest.len()
+                && !words.trim().is_empty()
+            {
+                rest = rest[end..].trim_start();
+                continue;
+            }
+            let Ok(part) = item.heard(rest) else { break };
+            let mut changed = unheard(&said[at + 1..]);
+            if part.spoken() != item.spoken() {
+                changed.insert(0, part);
+            }
+            return changed;
+        }
+    }
+    // A part that begins within a message.
+    for (at, item) in said.iter().enumerate().rev() {
+        let words = item.spoken().unwrap_or_default();
+        let starts = words.char_indices().rev().filter(|(at, c)| {
+            c.is_alphanumeric() && !words[..*at].chars().next_back().is_some_and(char::is_alphanumeric)
+        });
+        let found = { starts }.find_map(|(start, _)| Some(start + heard_end(&words[start..], heard)?));
+        if let Some(end) = found {
+            let mut changed = unheard(&said[at + 1..]);
+            changed.extend(item.heard(&words[..end]));
+            return changed;
+        }
+    }
+    Vec::new()
 }
 
 #[cfg(test)]
@@ -515,7 +744,7 @@ mod tests {
     }
 
     fn call(id: &str) -> Arc<Item> {
-        let content = Content::Call { call_id: id.into(), name: "find".into(), arguments: "{}".into() };
+        let content = Content::Call { call_id: id.into(), name: "find".into(), arguments: "{}".into(), run: None };
         Arc::new(Item { id: new_id("fc"), content, status: Status::Completed })
     }
 
@@ -677,5 +906,88 @@ mod tests {
         history.add(said(Role::User, ""), Place::End, bounds).unwrap();
         history.add(said(Role::User, ""), Place::End, bounds).unwrap();
         assert!(history.add(said(Role::User, ""), Place::End, bounds).unwrap_err().to_string().contains("full"));
+    }
+
+    fn words(history: &History) -> Vec<(Role, String)> {
+        let read = |item: &Arc<Item>| match &item.content {
+            Content::Message { role, text, .. } => Some((*role, text.clone())),
+            _ => None,
+        };
+        history.view().items.iter().filter_map(read).collect()
+    }
+
+    fn transcript(utterances: &[(Role, &str)]) -> Vec<(Role, String)> {
+        utterances.iter().map(|(role, text)| (*role, (*text).to_owned())).collect()
+    }
+
+    #[test]
+    fn what_was_heard_of_several_messages_ends_in_one_of_them() {
+        let said =
+            [said(Role::Assistant, "One moment."), said(Role::Assistant, "It ships today. It arrives on Friday.")];
+        let heard = |text: &str| -> Vec<(usize, String)> {
+            let place = |item: &Item| said.iter().position(|said| said.id == item.id).unwrap();
+            heard_of(&said, text).iter().map(|item| (place(item), item.spoken().unwrap().to_owned())).collect()
+        };
+        assert_eq!(heard("One moment."), [(1, String::new())]);
+        assert_eq!(heard("one mo"), [(0, "One mo".into()), (1, String::new())]);
+        assert_eq!(heard("It ships"), [(1, "It ships".into())]);
+        assert_eq!(heard("One moment. It ships today"), [(1, "It ships today".into())]);
+        assert_eq!(heard("It ships today. It arrives on Friday."), []);
+        // A platform that tells of the sentence that was being spoken.
+        assert_eq!(heard("It arrives on"), [(1, "It ships today. It arrives on".into())]);
+        assert_eq!(heard(""), [(1, String::new())]);
+        assert_eq!(heard("Something else"), []);
+    }
+
+    #[test]
+    fn a_transcript_decides_what_was_heard() {
+        let mut history = history(&[said(Role::Assistant, "Hello, how can I help you?")]);
+        let mut known = 0;
+        let mut hear = |history: &mut History, utterances: &[(Role, &str)]| {
+            known = history.transcribe(&transcript(utterances), known);
+        };
+        let (agent, user) = (Role::Assistant, Role::User);
+        hear(&mut history, &[(agent, "hello how can I"), (user, "Where is my order?")]);
+        assert_eq!(words(&history), transcript(&[(agent, "Hello, how can I"), (user, "Where is my order?")]));
+        // The caller goes on before the agent was heard.
+        history.add_own(said(agent, "Which one?"));
+        hear(&mut history, &[(agent, "hello how can I"), (user, "Where is my order? Number seven.")]);
+        let longer = [(agent, "Hello, how can I"), (user, "Where is my order? Number seven."), (agent, "")];
+        assert_eq!(words(&history), transcript(&longer));
+        // All of it was heard, and the same transcript again changes nothing.
+        history.add_own(said(agent, "Let me see."));
+        history.add_own(said(agent, "It ships today."));
+        let whole = [
+            (agent, "hello how can I"),
+            (user, "Where is my order? Number seven."),
+            (agent, "let me see it ships today"),
+            (user, "Thanks."),
+        ];
+        hear(&mut history, &whole);
+        hear(&mut history, &whole);
+        let expected = [longer[0], longer[1], longer[2], (agent, "Let me see."), (agent, "It ships today."), whole[3]];
+        assert_eq!(words(&history), transcript(&expected));
+    }
+
+    #[test]
+    fn a_call_that_the_gateway_runs_is_answered_by_its_own_item() {
+        let run = Run { server: "callbacks".into(), state: RunState::Called, approval: None };
+        let content =
+            Content::Call { call_id: "a".into(), name: "find".into(), arguments: "{}".into(), run: Some(run) };
+        let item = Item { id: "mcp_a".into(), content, status: Status::InProgress };
+        let mut history = history(&[said(Role::User, "Where?")]);
+        history.add_own(Arc::new(item.clone()));
+        assert_eq!(roles(&history.view().messages()), "u");
+        history.replace(Arc::new(item.with_run(RunState::Running)));
+        assert_eq!(roles(&history.view().messages()), "uct");
+        // Words that pass the time are not read again.
+        let waiting = Content::Message { role: Role::Assistant, text: "Still looking.".into(), phase: Phase::Waiting };
+        history.add_own(Arc::new(Item { id: "msg_w".into(), content: waiting, status: Status::Completed }));
+        let answer = Answer { output: "here".into(), error: None };
+        history.replace(Arc::new(item.with_run(RunState::Done(answer))));
+        let messages = history.view().messages();
+        assert_eq!(messages[2], Message::Tool { call_id: "a".into(), content: "here".into() });
+        assert_eq!(messages.len(), 3);
+        assert!(history.view().unanswered().is_empty());
     }
 }

@@ -22,27 +22,31 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::{history::Bounds, response::now, store::Store};
 pub use self::{
-    history::{Content, History, Id, Item, Place, Role, Status, new_id},
-    response::{Event, Outcome, Response, Settings},
+    history::{Answer, Content, History, Id, Item, Phase, Place, Role, Run, RunState, Status, new_id},
+    response::{Event, Outcome, Persona, Response, Settings},
 };
 use crate::{
     config,
     electron::Electron,
     engine::RETRY_AFTER,
     error::Error,
+    tool::Tools,
     turn::{TurnStream, Usage},
 };
 
 /// Whose a session is: what all keys of one owner have in common.
 pub type Owner = Arc<str>;
 
-/// Put around the events of a turn: counts them, and holds the caller's place until the turn is over.
-pub type Watch = Box<dyn FnOnce(TurnStream) -> TurnStream + Send>;
+/// Put around the events of each turn of a response: counts them, and holds the caller's place until it is dropped.
+pub type Watch = Arc<dyn Fn(TurnStream) -> TurnStream + Send + Sync>;
 
 /// All sessions of this process, and the responses that they made.
 pub struct Sessions {
     live: DashMap<Id, Handle>,
+    /// Sessions by what a platform calls them, such as a phone call's id.
+    aliases: DashMap<Id, Id>,
     store: Arc<dyn Store>,
+    tools: Arc<Tools>,
     limits: Limits,
     itself: Weak<Self>,
     /// Sessions that are live or being opened.
@@ -85,6 +89,10 @@ pub struct About {
     pub dialect: &'static str,
     /// When, in seconds since 1970.
     pub created_at: u64,
+    /// What its platform calls it.
+    pub alias: Option<Id>,
+    /// Whether it lasts as long as one request, and is not worth a place in a list.
+    brief: bool,
     connected: AtomicBool,
     running: AtomicBool,
     responses: AtomicU64,
@@ -142,6 +150,10 @@ pub enum Action {
     Respond(Box<Respond>),
     /// Stop a response; `None` is the one of the conversation. With what was heard of it, where the client knows.
     Cancel(Option<Id>, Option<Heard>),
+    /// The caller interrupts: what is being said stops. With what they heard of it, where that is known.
+    Interrupt(Option<String>),
+    /// A call has a result that came by another way than the tool's answer. A token has to be the call's own.
+    Settle(Settle),
     /// The caller is still speaking, and this is what they said so far.
     Partial(String),
     /// Send events here no more.
@@ -150,6 +162,18 @@ pub enum Action {
     Describe(oneshot::Sender<Snapshot>),
     /// End it.
     Close,
+}
+
+/// The result of a call.
+pub struct Settle {
+    /// The call.
+    pub call_id: Id,
+    /// Text or JSON.
+    pub output: String,
+    /// What authorizes it, unless the session's owner sends it.
+    pub token: Option<String>,
+    /// Told whether it was taken.
+    pub reply: oneshot::Sender<Result<(), Error>>,
 }
 
 /// Which words were heard.
@@ -236,6 +260,8 @@ pub struct Respond {
     pub base: Option<Base>,
     /// What comes before it, added to the conversation.
     pub input: Vec<Arc<Item>>,
+    /// All that was said on the call, as the platform heard it; it decides what was heard and what the caller said.
+    pub transcript: Option<Vec<(Role, String)>>,
     /// What the model reads instead of the conversation.
     pub context: Option<History>,
     /// Whether its output joins the conversation.
@@ -283,10 +309,12 @@ impl Limits {
 
 impl Sessions {
     /// No sessions yet. Has to be called on a runtime: what expires is swept by a task.
-    pub fn new(limits: Limits, store: Arc<dyn Store>) -> Arc<Self> {
+    pub fn new(limits: Limits, store: Arc<dyn Store>, tools: Arc<Tools>) -> Arc<Self> {
         let sessions = Arc::new_cyclic(|itself| Self {
             live: DashMap::new(),
+            aliases: DashMap::new(),
             store,
+            tools,
             limits,
             itself: itself.clone(),
             count: AtomicUsize::new(0),
@@ -303,7 +331,7 @@ impl Sessions {
         sessions
     }
 
-    /// Opens a session. It is listed until it ends, unless it is to end with its reader.
+    /// Opens a session. It is listed until it ends, unless it is to end with its reader. It can be found by its alias.
     ///
     /// # Errors
     /// [`Error::Overloaded`] when there are too many.
@@ -314,6 +342,7 @@ impl Sessions {
         dialect: &'static str,
         settings: Settings,
         on_leave: OnLeave,
+        alias: Option<Id>,
     ) -> Result<Handle, Error> {
         if self.count.fetch_add(1, Ordering::AcqRel) >= self.limits.sessions {
             self.count.fetch_sub(1, Ordering::AcqRel);
@@ -329,6 +358,8 @@ impl Sessions {
             model: settings.model.clone(),
             dialect,
             created_at: now(),
+            alias,
+            brief: on_leave == OnLeave::End,
             connected: AtomicBool::new(false),
             running: AtomicBool::new(false),
             responses: AtomicU64::new(0),
@@ -337,10 +368,12 @@ impl Sessions {
             completion_tokens: AtomicU64::new(0),
         });
         let handle = Handle { commands, about: about.clone() };
-        if on_leave != OnLeave::End {
-            self.live.insert(about.id.clone(), handle.clone());
+        self.live.insert(about.id.clone(), handle.clone());
+        if let Some(alias) = &about.alias {
+            self.aliases.insert(alias.clone(), about.id.clone());
         }
-        let actor = actor::Actor::new(self.itself.clone(), electron, handle.clone(), settings, on_leave, self.limits);
+        let sessions = (self.itself.clone(), self.tools.clone());
+        let actor = actor::Actor::new(sessions, electron, handle.clone(), settings, on_leave, self.limits);
         tokio::spawn(actor.run(received));
         Ok(handle)
     }
@@ -354,10 +387,21 @@ impl Sessions {
         found.ok_or_else(|| Error::NotFound(format!("There is no session `{id}`. It may have expired.")))
     }
 
+    /// A live session, whoever's it is. For results of tools, which bring a token of the session's own.
+    pub fn find_any(&self, id: &str) -> Option<Handle> {
+        self.live.get(id).map(|entry| entry.value().clone())
+    }
+
+    /// The live session that its platform calls so.
+    pub fn find_alias(&self, alias: &str) -> Option<Handle> {
+        let id = self.aliases.get(alias)?.clone();
+        self.find_any(&id)
+    }
+
     /// Live sessions of this owner, oldest first.
     pub fn list(&self, owner: &Owner) -> Vec<Arc<About>> {
         let mut found: Vec<Arc<About>> =
-            self.live.iter().filter(|s| s.about.owner == *owner).map(|s| s.about.clone()).collect();
+            self.live.iter().filter(|s| s.about.owner == *owner && !s.about.brief).map(|s| s.about.clone()).collect();
         found.sort_by(|a, b| a.id.cmp(&b.id));
         found
     }
@@ -392,8 +436,12 @@ impl Sessions {
         Ok(())
     }
 
-    fn ended(&self, id: &str) {
-        self.live.remove(id);
+    fn ended(&self, about: &About) {
+        self.live.remove(&about.id);
+        if let Some(alias) = &about.alias {
+            // A later call may have taken the name.
+            self.aliases.remove_if(alias, |_, id| *id == about.id);
+        }
         self.count.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -441,6 +489,17 @@ impl Handle {
         if self.send(None, Action::Close).await.is_ok() {
             self.commands.closed().await;
         }
+    }
+
+    /// Gives a call its result.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a session or a call that is not there, [`Error::Unauthenticated`] for a wrong token,
+    /// [`Error::Settled`] for a call that has its outcome.
+    pub async fn settle(&self, call_id: Id, output: String, token: Option<String>) -> Result<(), Error> {
+        let (reply, settled) = oneshot::channel();
+        self.send(None, Action::Settle(Settle { call_id, output, token, reply })).await?;
+        settled.await.unwrap_or_else(|_| Err(Error::NotFound(format!("The session `{}` has ended.", self.about.id))))
     }
 
     /// Looks into the session.

@@ -40,9 +40,9 @@ impl Server {
     pub async fn start(mut config: Config) -> Self {
         config.server.listen.set_port(0);
         let electron = Arc::new(model::load(&config.model).await.unwrap());
-        let app = App::new(config.clone(), Some(KEY));
-        app.serve_model(electron.clone());
         let listener = server::bind(config.server.listen).await.unwrap();
+        let app = App::new(config.clone(), None, listener.local_addr().unwrap(), Some(KEY)).unwrap();
+        app.serve_model(electron.clone()).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
         tokio::spawn(server::serve(app, listener, stop.clone().cancelled_owned()));

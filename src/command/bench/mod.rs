@@ -6,6 +6,7 @@
 
 mod sessions;
 mod talk;
+mod tools;
 
 use std::{sync::Arc, time::Duration};
 
@@ -77,6 +78,8 @@ pub(super) struct Options {
 enum Other {
     /// Measure long-lived sessions: barge-in, warm-ups, a long call, thousands of idle ones.
     Sessions(sessions::Options),
+    /// Measure tools that the gateway runs: whether the caller waits for them in silence, and how soon the answer begins.
+    Tools(tools::Options),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -121,8 +124,10 @@ struct Sample {
 }
 
 pub(super) async fn run(options: Options) -> Result<(), String> {
-    if let Some(Other::Sessions(options)) = options.other {
-        return sessions::run(options).await;
+    match options.other {
+        Some(Other::Sessions(options)) => return sessions::run(options).await,
+        Some(Other::Tools(options)) => return tools::run(options).await,
+        None => {}
     }
     let mut config = options.settings.load()?;
     config.log.level = "warn".into();
@@ -140,8 +145,8 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
             if options.through != Through::Engine {
                 config.server.listen.set_port(0);
                 let key = server::new_key()?;
-                let app = App::new(config.clone(), Some(&key));
-                app.serve_model(electron);
+                let app = App::new(config.clone(), None, config.server.listen, Some(&key))?;
+                app.serve_model(electron)?;
                 let listener = server::bind(config.server.listen).await?;
                 let url = format!("http://{}", listener.local_addr().map_err(|e| e.to_string())?);
                 tokio::spawn(server::serve(app, listener, stop.clone().cancelled_owned()));

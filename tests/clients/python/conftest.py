@@ -11,6 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
+import bot
 import httpx
 import openai
 import pydantic
@@ -66,6 +67,7 @@ class Server:
 
     url: str
     log: pathlib.Path
+    bot: str
 
     def client(self, key="normal", **options):
         """The official SDK, which does not hide errors behind retries here."""
@@ -87,7 +89,13 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def bot_url():
+    with bot.running() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, bot_url):
     program = os.environ.get("ELECTRON_GATEWAY_BIN")
     if not program:
         pytest.exit("set ELECTRON_GATEWAY_BIN to the path of the server's program", returncode=2)
@@ -98,12 +106,12 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = folder / "config.toml"
-    config.write_text(configuration(port))
+    config.write_text(configuration(port, bot_url))
     log = folder / "log"
     command = [program, "serve", "--config", str(config)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, bot_url)
     try:
         await_ready(server, process)
         yield server
@@ -121,8 +129,9 @@ def server(tmp_path_factory):
         pytest.fail("\n".join(panics), pytrace=False)
 
 
-def configuration(port):
+def configuration(port, bot_url):
     parts = [f'[server]\nlisten = "127.0.0.1:{port}"\n']
+    parts.append(f'[tools]\nallow_urls = ["{bot_url}/"]\nallow_networks = ["127.0.0.1/32"]\n')
     for name, key in KEYS.items():
         digest = hashlib.sha256(key.encode()).hexdigest()
         parts.append(f'[[keys]]\nname = "{name}"\nhash = "sha256:{digest}"\n{LIMITS.get(name, "")}\n')

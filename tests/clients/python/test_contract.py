@@ -28,6 +28,15 @@ SETTINGS = {
     "operations": [
         # Both prefixes have one handler, so that its fields need to be gone through only once.
         {"include-path-regex": "^/waves", "phases": {"coverage": {"enabled": False}}},
+        # There is no agent here, and nobody who signs for a platform. What follows is for the suite `platforms`.
+        {
+            "include-path-regex": "^/agents/",
+            "phases": {"coverage": {"enabled": False}},
+            "checks": {
+                "positive_data_acceptance": {"expected-statuses": [403, 404]},
+                "negative_data_rejection": {"expected-statuses": [400, 401, 403, 404, 405]},
+            },
+        },
         {
             "include-path-regex": "{id}",
             "checks": {"positive_data_acceptance": {"expected-statuses": [200, 404]}},
@@ -166,8 +175,10 @@ def bounded(body):
 def repair_tools(body, default, inner=lambda tool: tool):
     """Gives tools names of their own and a schema that can be used. Says whether one of them has to be called."""
     # Long prompts take long; that 64 tools are allowed is tested elsewhere.
-    body["tools"] = body.get("tools") and body["tools"][:8]
+    # Callbacks and MCP servers are for the operator to allow, and generated ones are not.
+    body["tools"] = body.get("tools") and [tool for tool in body["tools"] if tool["type"] == "function"][:8]
     for at, tool in enumerate(body["tools"] or []):
+        tool.pop("callback", None)
         inner(tool)["name"] = f"tool_{at}"
         if inner(tool).get("parameters"):
             inner(tool)["parameters"] = CLOCK["function"]["parameters"]
@@ -242,9 +253,13 @@ def consistent(items):
     calls = []
     for at, item in enumerate(items):
         item = {**item, "id": f"item_{at}"}
-        if item.get("type") == "function_call":
+        if item.get("type") in ("function_call", "mcp_call"):
             item["call_id"] = f"call_{at}"
+        if item.get("type") == "function_call":
             calls.append(item["call_id"])
+        if item.get("type") == "mcp_approval_response":
+            # There is no call that would wait for it.
+            continue
         if item.get("type") == "function_call_output":
             if not calls:
                 continue

@@ -545,6 +545,7 @@ impl Agent {
             kit,
             attended,
             transfer_to: definition.transfer_to.clone(),
+            dtmf: definition.dtmf.clone(),
             tool_rounds: definition.max_tool_rounds,
             still_waiting_after: definition.still_waiting_after,
             language: text(&definition.language),

@@ -53,7 +53,7 @@ async fn serve(config: Config, file: Option<&Path>) -> Result<(), String> {
     let served = loaded.and_then(|electron| app.serve_model(Arc::new(electron)));
     match served {
         Ok(()) => {
-            announce(&config, address, key.as_deref());
+            announce(&config, &app.agent_names(), address, key.as_deref());
         }
         Err(why) => {
             failed.cancel();
@@ -89,17 +89,28 @@ fn signals() -> Result<CancellationToken, String> {
 }
 
 /// Tells what to type next. Whoever started the server may have closed its output, which is no reason to stop.
-fn announce(config: &Config, address: std::net::SocketAddr, key: Option<&str>) {
+fn announce(config: &Config, agents: &[Arc<str>], address: std::net::SocketAddr, key: Option<&str>) {
     let shown = key.unwrap_or("$ELECTRON_API_KEY");
     let name = &config.model.name;
     let own = match key {
         Some(key) => format!("The key of this run is {key}; for keys that last, use the command `key create`\n"),
         None => String::new(),
     };
+    let mut reach = String::new();
+    for agent in agents {
+        reach.push_str(&format!("Agent {agent}: the model {name}:{agent}"));
+        if !config.twilio.auth_token.is_empty() {
+            reach.push_str(&format!(
+                "; Twilio's webhook is POST {}/agents/{agent}/twilio/voice",
+                app_url(config, address)
+            ));
+        }
+        reach.push('\n');
+    }
     // However the program was called, it can be called again.
     let program = std::env::args().next().unwrap_or_else(|| "electron-gateway".into());
     let text = format!(
-        "\nServing {name} ({}) on http://{address}\n{own}\nTry it:\n\n  \
+        "\nServing {name} ({}) on http://{address}\n{own}{reach}\nTry it:\n\n  \
          curl http://{address}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\\n    \
          -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Say hello.\"}}],\"max_tokens\":40}}'\n\n  \
@@ -107,4 +118,12 @@ fn announce(config: &Config, address: std::net::SocketAddr, key: Option<&str>) {
         config.model.source
     );
     let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Where the server is reached from outside.
+fn app_url(config: &Config, address: std::net::SocketAddr) -> String {
+    match config.server.public_url.trim_end_matches('/') {
+        "" => format!("http://{address}"),
+        url => url.to_owned(),
+    }
 }

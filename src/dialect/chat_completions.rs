@@ -455,6 +455,7 @@ pub async fn agent_turn(
         transcript: None,
         context: None,
         in_conversation: true,
+        lasting: false,
         needs_outputs: false,
         generate: true,
         keep: false,

@@ -21,7 +21,6 @@ use super::{
     socket::{Flow, Frames, Protocol, TAKEN_OVER},
 };
 use crate::{
-    agent::Definition,
     error::Error,
     session::{Delivery, Event, Item, Role, new_id},
     tool::control::Request,
@@ -63,8 +62,8 @@ pub fn handoff(request: &Request) -> Value {
 // === TwiML ===
 
 /// Answers a call: the caller is connected with the agent. `url` is that of the relay, `action` is asked at the end.
-pub fn connect_twiml(url: &str, action: &str, definition: &Definition) -> String {
-    let language = match definition.language.as_str() {
+pub fn connect_twiml(url: &str, action: &str, language: &str) -> String {
+    let language = match language {
         "" => String::new(),
         language => format!(" language=\"{}\"", escape(language)),
     };
@@ -137,7 +136,10 @@ impl Connection {
 
     async fn act(&mut self, event: &Value, out: &mut Frames) -> Result<(), Error> {
         let text = |name: &str| event[name].as_str().unwrap_or_default();
+        // Who is being handed over, or has been said goodbye, is not answered any more.
+        let leaves = self.closing.is_some() || matches!(self.last, Some(Request::Transfer { .. }));
         match (text("type"), &mut self.line) {
+            ("prompt" | "interrupt" | "dtmf", _) if leaves => Ok(()),
             ("setup", None) => self.setup(event, out).await,
             ("error", _) => {
                 tracing::warn!(description = text("description"), "twilio reports an error");
@@ -151,15 +153,17 @@ impl Connection {
                 if event["last"] == false {
                     return line.partial(words).await;
                 }
-                if let (None, Some(lang)) = (line.language(), event["lang"].as_str()) {
-                    self.language = Some(cut(lang).to_owned());
+                let plain =
+                    |lang: &&str| lang.len() <= 16 && lang.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+                if let (None, Some(lang)) = (line.language(), event["lang"].as_str().filter(plain)) {
+                    self.language = Some(lang.to_owned());
                 }
                 self.said(words.to_owned()).await
             }
             ("interrupt", Some(line)) => {
-                let heard = cut(text("utteranceUntilInterrupt")).to_owned();
+                let heard = event["utteranceUntilInterrupt"].as_str().map(|heard| cut(heard).to_owned());
                 (self.tail, self.speaking, self.spoken_by) = (String::new(), false, Instant::now());
-                line.interrupt(Some(heard)).await
+                line.interrupt(heard).await
             }
             ("dtmf", Some(_)) => self.pressed(text("digit")).await,
             (kind, _) => {
@@ -195,6 +199,9 @@ impl Connection {
             line.spoke(&greeting).await?;
             self.say(&greeting, true, out);
         }
+        if let Some(last) = &line.last {
+            (self.last, self.last_due) = (Some(last.clone()), Some(Instant::now()));
+        }
         self.line = Some(line);
         Ok(())
     }
@@ -202,19 +209,21 @@ impl Connection {
     /// The caller has spoken.
     async fn said(&mut self, words: String) -> Result<(), Error> {
         // Who is still talking does not want to hang up.
-        if matches!(self.last, Some(Request::End { .. })) && self.closing.is_none() {
-            (self.last, self.last_due) = (None, None);
-        }
+        (self.last, self.last_due) = (None, None);
+        // Keys that were pressed before come before.
+        self.digits_due = None;
+        let keys = std::mem::take(&mut self.digits);
         let Some(line) = &mut self.line else { return Ok(()) };
         if line.active.is_some() {
             (self.tail, self.speaking, self.spoken_by) = (String::new(), false, Instant::now());
         }
-        let item = Arc::new(Item::message(new_id("msg"), Role::User, words));
-        line.ask(vec![item], None).await.map(drop)
+        let said = [keys, words].into_iter().filter(|said| !said.is_empty());
+        let input = said.map(|said| Arc::new(Item::message(new_id("msg"), Role::User, said))).collect();
+        line.ask(input, None).await.map(drop)
     }
 
     async fn pressed(&mut self, digit: &str) -> Result<(), Error> {
-        let dtmf = &self.opening.agent.definition.dtmf;
+        let Some(dtmf) = self.line.as_ref().map(Line::dtmf) else { return Ok(()) };
         let Some(digit) =
             digit.chars().next().filter(|digit| digit.is_ascii_digit() || matches!(digit, '*' | '#' | 'A'..='D'))
         else {
@@ -243,7 +252,7 @@ impl Connection {
     /// Sends text, whole words at a time; at the end of an utterance all that is left.
     fn say(&mut self, text: &str, last: bool, out: &mut Frames) {
         self.tail.push_str(text);
-        let end = if last { self.tail.len() } else { self.tail.rfind(char::is_whitespace).map_or(0, |at| at + 1) };
+        let end = if last { self.tail.len() } else { word_end(&self.tail) };
         if end == 0 && !(last && self.speaking) {
             return;
         }
@@ -388,9 +397,25 @@ impl Protocol for Connection {
         }
     }
 
+    async fn closed(&mut self, code: Option<u16>) {
+        if let Some(line) = &mut self.line {
+            line.closed(code).await;
+        }
+    }
+
     fn is_busy(&self) -> bool {
         self.line.as_ref().is_some_and(|line| line.active.is_some())
     }
+}
+
+/// Where the last complete word ends: behind a space, or a letter of a script that has none.
+fn word_end(text: &str) -> usize {
+    let ends = |c: char| {
+        c.is_whitespace()
+            || matches!(c, '\u{e00}'..='\u{eff}' | '\u{1000}'..='\u{109f}' | '\u{1780}'..='\u{17ff}'
+                | '\u{2e80}'..='\u{9fff}' | '\u{f900}'..='\u{faff}' | '\u{ff00}'..='\u{ffef}' | '\u{20000}'..)
+    };
+    text.char_indices().rev().find(|(_, c)| ends(*c)).map_or(0, |(at, c)| at + c.len_utf8())
 }
 
 /// What Twilio tells, within bounds.

@@ -456,17 +456,21 @@ pub(super) fn item_value(item: &Item, text_part: impl Fn(&str) -> Value) -> Valu
             }
             value
         }
-        Content::Call { name, arguments, run: Some(run), .. } if run.state == RunState::AwaitsApproval => json!({
-            "id": item.id, "type": "mcp_approval_request", "server_label": run.server, "name": name,
-            "arguments": arguments,
-        }),
+        Content::Call { name, arguments, run: Some(run), .. }
+            if matches!(run.state, RunState::AwaitsApproval | RunState::Approved) =>
+        {
+            json!({
+                "id": item.id, "type": "mcp_approval_request", "server_label": run.server, "name": name,
+                "arguments": arguments,
+            })
+        }
         Content::Call { call_id, name, arguments, run: Some(run) } => {
             let status = match &run.state {
                 RunState::Done(Answer { error: Some(_), .. }) => "failed",
                 RunState::Done(_) => "completed",
-                _ if item.status == Status::Incomplete => "incomplete",
                 RunState::Running => "calling",
-                RunState::Called | RunState::AwaitsApproval => "in_progress",
+                _ if item.status == Status::Incomplete => "incomplete",
+                RunState::Called | RunState::AwaitsApproval | RunState::Approved => "in_progress",
             };
             let (output, error) = match &run.state {
                 RunState::Done(Answer { error: Some(error), .. }) => (None, Some(error.as_str())),

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::Access;
 use crate::{
-    agent::Agent,
+    agent::Dtmf,
     electron::{
         filler::{Phrases, Place as Spoken},
         language::Language,
@@ -17,12 +17,13 @@ use crate::{
         Action, Content, Delivery, Handle, Id, Item, OnLeave, Outcome, Outlet, Phase, Place, Respond, Response, Role,
         Sessions, Settings, new_id,
     },
+    tool::{Control, control::Request},
 };
 
 /// Events on their way from the session to the connection.
 const DELIVERIES: usize = 32;
 /// Most interrupted responses of which something can be on its way.
-const MOST_MUTED: usize = 8;
+const MOST_MUTED: usize = 64;
 
 /// What a connection of a platform needs to begin.
 pub struct Opening {
@@ -30,8 +31,8 @@ pub struct Opening {
     pub access: Arc<dyn Access>,
     /// Where calls live.
     pub sessions: Arc<Sessions>,
-    /// The agent's definition at the time of the call.
-    pub agent: Arc<Agent>,
+    /// The agent's name.
+    pub agent: Arc<str>,
     /// The name by which a client would ask for it.
     pub model: String,
 }
@@ -42,6 +43,8 @@ pub(super) struct Line {
     pub deliveries: mpsc::Receiver<Delivery>,
     /// Whether the session was there before this connection.
     pub resumed: bool,
+    /// What the agent had asked for when an earlier connection broke, and nobody did.
+    pub last: Option<Request>,
     access: Arc<dyn Access>,
     settings: Arc<Settings>,
     /// The response that is being made.
@@ -61,7 +64,7 @@ impl Opening {
         call: &str,
         caller: &Map<String, Value>,
     ) -> Result<Line, Error> {
-        let alias: Id = format!("{dialect}/{}/{call}", self.agent.name).into();
+        let alias: Id = format!("{dialect}/{}/{call}", self.agent).into();
         let (sender, deliveries) = mpsc::channel(DELIVERIES);
         let outlet = Outlet { sender, tag: 0 };
         let known = self.sessions.find_alias(&alias).filter(|known| !known.is_closed());
@@ -74,12 +77,14 @@ impl Opening {
                 (self.sessions.open(electron, owner, dialect, settings, OnLeave::GoOn, Some(alias))?, false)
             }
         };
-        let attached = session.attach(outlet, OnLeave::GoOn, None, false).await?;
+        let attached = session.take_over(outlet, OnLeave::GoOn).await?;
+        let last = if resumed { last_request(&session, &attached.settings).await } else { None };
         tracing::info!(session = &*session.about().id, call, resumed, "on the line");
         Ok(Line {
             session,
             deliveries,
             resumed,
+            last,
             access: self.access.clone(),
             settings: attached.settings,
             active: None,
@@ -87,6 +92,21 @@ impl Opening {
             phrases: Phrases::new(None),
         })
     }
+}
+
+/// The end or the transfer of a call that was asked for since the caller spoke last.
+async fn last_request(session: &Handle, settings: &Settings) -> Option<Request> {
+    let items = session.describe().await.ok()?.items;
+    let transfer_to = &settings.persona.as_ref()?.transfer_to;
+    let since =
+        items.iter().rev().take_while(|item| !matches!(item.content, Content::Message { role: Role::User, .. }));
+    since.into_iter().find_map(|item| match &item.content {
+        Content::Call { name, arguments, run: Some(_), .. } => {
+            let control = Control::ALL.into_iter().find(|control| control.is_last() && control.name() == name)?;
+            Some(control.request(arguments, transfer_to))
+        }
+        _ => None,
+    })
 }
 
 /// Whether a response ended without what it was to tell: it failed, or was cut off before it had said anything but that it
@@ -111,6 +131,11 @@ impl Line {
     /// What the caller hears first.
     pub(super) fn greeting(&self) -> Option<&str> {
         self.settings.persona.as_ref()?.greeting.as_deref()
+    }
+
+    /// How keys that the caller presses become a turn.
+    pub(super) fn dtmf(&self) -> Dtmf {
+        self.settings.persona.as_ref().map(|persona| persona.dtmf.clone()).unwrap_or_default()
     }
 
     /// The language that the agent speaks.
@@ -141,6 +166,7 @@ impl Line {
             transcript,
             context: None,
             in_conversation: true,
+            lasting: true,
             needs_outputs: false,
             generate: true,
             keep: false,
@@ -159,6 +185,13 @@ impl Line {
             self.muted.push_front(active);
         }
         self.session.send(None, Action::Interrupt(heard)).await
+    }
+
+    /// The connection was closed. Who hangs up waits for no answer; whether they come back, nobody knows.
+    pub(super) async fn closed(&mut self, code: Option<u16>) {
+        if code == Some(1000) && !self.session.is_closed() {
+            let _ = self.interrupt(None).await;
+        }
     }
 
     /// The caller is still speaking.

@@ -641,6 +641,7 @@ impl Connection {
             transcript: None,
             context,
             in_conversation,
+            lasting: false,
             needs_outputs: true,
             generate: true,
             keep: false,

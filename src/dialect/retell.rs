@@ -23,8 +23,8 @@ use crate::{
     tool::control::Request,
 };
 
-/// Most utterances of a transcript that are read; the last ones.
-const MOST_UTTERANCES: usize = 2_000;
+/// Largest message that is read, in bytes: each brings the whole call so far, and the time of every word.
+pub const MAX_MESSAGE: usize = 4 << 20;
 /// Said to the model when the caller has been silent for so long that Retell asks for a word.
 const REMINDER: &str = "The caller has been silent for a while. Ask in one short sentence whether they are still there, or \
                         help them on.";
@@ -54,8 +54,7 @@ fn utterances(event: &Value) -> Vec<(Role, String)> {
         };
         Some((role, utterance["content"].as_str()?.to_owned()))
     };
-    let from = list.len().saturating_sub(MOST_UTTERANCES);
-    list[from..].iter().filter_map(read).collect()
+    list.iter().filter_map(read).collect()
 }
 
 // === connection ===
@@ -242,8 +241,7 @@ fn words(id: i64, content: &str, complete: bool, last: Option<&Request>, out: &m
 /// The result of a call, for Retell's log.
 fn result(item: &Item, out: &mut Frames) {
     if let (Some(call_id), Some(RunState::Done(answer))) = (item.call(), item.run().map(|run| &run.state)) {
-        out.push(&json!({"response_type": "tool_call_result", "tool_call_id": call_id, "content": answer.output,
-                         "successful": answer.error.is_none()}));
+        out.push(&json!({"response_type": "tool_call_result", "tool_call_id": call_id, "content": answer.output}));
     }
 }
 
@@ -286,6 +284,12 @@ impl Protocol for Connection {
             self.render(&delivery, out);
         }
         Flow::GoOn
+    }
+
+    async fn closed(&mut self, code: Option<u16>) {
+        if let Some(line) = &mut self.line {
+            line.closed(code).await;
+        }
     }
 
     fn is_busy(&self) -> bool {

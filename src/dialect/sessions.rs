@@ -50,7 +50,7 @@ pub async fn show(sessions: &Sessions, owner: &Owner, id: &str) -> Result<Value,
     let mut value = about_value(session.about(), Some(snapshot.state));
     let settings = &snapshot.settings;
     value["instructions"] = (*settings.instructions).into();
-    value["tools"] = settings.tools.iter().map(items::tool_value).collect();
+    value["tools"] = items::tools_value(settings).into();
     value["items"] = snapshot.items.iter().map(|item| realtime::item_value(item)).collect();
     value["unanswered"] = snapshot.unanswered.iter().map(|call| &**call).collect();
     Ok(value)

@@ -73,6 +73,11 @@ pub trait Protocol: Send {
         async {}
     }
 
+    /// The client closed the connection, with this code.
+    fn closed(&mut self, _code: Option<u16>) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
     /// Whether an answer is under way that should be heard to its end before the server stops.
     fn is_busy(&self) -> bool;
 }
@@ -149,6 +154,9 @@ async fn exchange(socket: &mut WebSocket, protocol: &mut impl Protocol, limits: 
                 (heard, pinged) = (Instant::now(), false);
                 match message {
                     None | Some(Ok(Message::Close(_))) => {
+                        if let Some(Ok(Message::Close(frame))) = message {
+                            protocol.closed(frame.map(|frame| frame.code)).await;
+                        }
                         // The answer to a close frame is written while reading on.
                         let rest = async { while let Some(Ok(_)) = socket.recv().await {} };
                         let _ = tokio::time::timeout(LAST_WORDS, rest).await;

@@ -18,12 +18,12 @@ use subtle::ConstantTimeEq;
 use url::Url;
 
 use super::{
-    App, Peer, Place,
+    App, Peer,
     access::{Granted, PathAgent},
     auth::given_key,
     observe::{Observed, RequestId},
     read_body,
-    sessions::{Upgrade, not_upgraded, serve},
+    sessions::{Connecting, Upgrade, not_upgraded, serve},
 };
 use crate::{
     agent::Agent,
@@ -46,6 +46,14 @@ impl App {
         self.agents.get(name).ok_or_else(|| Error::NotFound(format!("There is no agent `{name}`.")))
     }
 
+    /// The agent of a call: none where it was taken out of the settings and one of its calls may go on.
+    fn agent_of_call(&self, dialect: &str, name: &str) -> Result<Option<Arc<Agent>>, Error> {
+        match self.agent(name) {
+            Err(_) if self.sessions.has_alias(&format!("{dialect}/{name}/")) => Ok(None),
+            found => found.map(Some),
+        }
+    }
+
     /// Where this server is reached from outside.
     pub(super) fn public_url(&self) -> &str {
         self.public_url.trim_end_matches('/')
@@ -53,19 +61,20 @@ impl App {
 
     fn opening(
         self: &Arc<Self>,
-        agent: Arc<Agent>,
+        name: &str,
+        agent: Option<Arc<Agent>>,
         dialect: &'static str,
         observed: Observed,
         request_id: RequestId,
     ) -> Result<Opening, Error> {
-        let key = &agent.definition.key;
+        let key = agent.as_ref().map_or("", |agent| &agent.definition.key);
         let caller = self.auth.named(key).ok_or_else(|| {
-            Error::Internal(format!("the agent `{}` names the key `{key}`, which is not configured", agent.name))
+            Error::Internal(format!("the agent `{name}` names the key `{key}`, which is not configured"))
         })?;
-        let path = PathAgent(agent.name.clone());
+        let path = PathAgent(name.into());
         let access = Granted::new(self.clone(), caller, observed, request_id).of(dialect, Some(path));
-        let model = format!("{}:{}", self.config.model.name, agent.name);
-        Ok(Opening { access: Arc::new(access), sessions: self.sessions.clone(), agent, model })
+        let model = format!("{}:{name}", self.config.model.name);
+        Ok(Opening { access: Arc::new(access), sessions: self.sessions.clone(), agent: name.into(), model })
     }
 }
 
@@ -81,7 +90,7 @@ pub(super) async fn twilio_voice(
     let [name] = names(path)?;
     signed_form(&app, &uri, request).await?;
     let agent = app.agent(&name)?;
-    Ok(twiml(connect(&app, &agent)))
+    Ok(twiml(connect(&app, &name, &agent.definition.language)))
 }
 
 /// Answers what is to become of the call when its WebSocket has ended.
@@ -93,22 +102,25 @@ pub(super) async fn twilio_action(
 ) -> Result<Response<Body>, Error> {
     let [name] = names(path)?;
     let form = signed_form(&app, &uri, request).await?;
-    let agent = app.agent(&name)?;
     let field = |name: &str| form.iter().find(|(field, _)| field == name).map_or("", |(_, value)| value);
     let status = field("SessionStatus");
     tracing::info!(status, call = field("CallSid"), error = field("ErrorCode"), "twilio's session ended");
+    let session = app.sessions.find_alias(&format!("conversation_relay/{name}/{}", field("CallSid")));
+    let Some(session) = session else {
+        app.agent(&name)?;
+        return Ok(twiml(conversation_relay::hangup_twiml()));
+    };
+    let persona = session.describe().await.ok().and_then(|snapshot| snapshot.settings.persona.clone());
     // The connection broke and the caller is still there: they go on where they were.
     if status == "failed" && field("CallStatus") != "completed" {
-        return Ok(twiml(connect(&app, &agent)));
+        let language = persona.as_ref().and_then(|persona| persona.language.as_deref());
+        return Ok(twiml(connect(&app, &name, language.unwrap_or_default())));
     }
-    let session = app.sessions.find_alias(&format!("conversation_relay/{name}/{}", field("CallSid")));
-    if let Some(session) = session {
-        session.close().await;
-    }
+    session.close().await;
     let handoff: Value = serde_json::from_str(field("HandoffData")).unwrap_or_default();
     let number = handoff["number"].as_str().filter(|number| {
-        // Only where this agent may transfer to.
-        agent.definition.transfer_to.values().any(|known| known == number)
+        // Only where the agent of this call may transfer to.
+        persona.is_some_and(|persona| persona.transfer_to.values().any(|known| known == number))
     });
     Ok(twiml(number.map_or_else(conversation_relay::hangup_twiml, conversation_relay::dial_twiml)))
 }
@@ -117,26 +129,24 @@ pub(super) async fn twilio_action(
 pub(super) async fn twilio_relay(
     State(app): State<Arc<App>>,
     uri: Uri,
-    Extension(request_id): Extension<RequestId>,
-    Extension(observed): Extension<Observed>,
-    Extension(place): Extension<Place>,
+    (Extension(request_id), Extension(observed), Extension(place)): Connecting,
     path: Names,
     headers: HeaderMap,
     upgrade: Upgrade,
 ) -> Result<Response<Body>, Error> {
     let [name] = names(path)?;
     verify(&app, &uri, true, &[], &headers)?;
-    let agent = app.agent(&name)?;
+    let agent = app.agent_of_call("conversation_relay", &name)?;
     let upgrade = upgrade.map_err(|e| not_upgraded(uri.path(), &e))?;
-    let opening = app.opening(agent, "conversation_relay", observed, request_id)?;
-    Ok(serve(&app, place, upgrade, conversation_relay::Connection::new(opening)))
+    let opening = app.opening(&name, agent, "conversation_relay", observed, request_id)?;
+    Ok(serve(&app, place, upgrade, conversation_relay::Connection::new(opening), 0))
 }
 
-fn connect(app: &App, agent: &Agent) -> String {
-    let at = format!("{}/agents/{}/twilio", app.public_url(), agent.name);
+fn connect(app: &App, agent: &str, language: &str) -> String {
+    let at = format!("{}/agents/{agent}/twilio", app.public_url());
     // `http` becomes `ws`, and `https` becomes `wss`.
     let relay = format!("{}/relay", at.replacen("http", "ws", 1));
-    conversation_relay::connect_twiml(&relay, &format!("{at}/action"), &agent.definition)
+    conversation_relay::connect_twiml(&relay, &format!("{at}/action"), language)
 }
 
 fn twiml(text: String) -> Response<Body> {
@@ -212,9 +222,7 @@ fn other_port(url: &str) -> Option<String> {
 /// The WebSocket of a call, opened from an address that Retell is known to have.
 pub(super) async fn retell(
     state: State<Arc<App>>,
-    request_id: Extension<RequestId>,
-    observed: Extension<Observed>,
-    place: Extension<Place>,
+    connecting: Connecting,
     Extension(Peer(peer)): Extension<Peer>,
     path: Names,
     headers: HeaderMap,
@@ -227,15 +235,13 @@ pub(super) async fn retell(
         tracing::warn!(%address, "retell is not known to have this address; see retell.allow_addresses");
         return Err(Error::Forbidden("This address may not connect; use the URL with the secret.".into()));
     }
-    retell_call(state, request_id, observed, place, &name, call, upgrade)
+    retell_call(state, connecting, &name, call, upgrade)
 }
 
 /// The WebSocket of a call, opened by who knows the secret.
 pub(super) async fn retell_secret(
     state: State<Arc<App>>,
-    request_id: Extension<RequestId>,
-    observed: Extension<Observed>,
-    place: Extension<Place>,
+    connecting: Connecting,
     path: Names,
     upgrade: Upgrade,
 ) -> Result<Response<Body>, Error> {
@@ -244,25 +250,23 @@ pub(super) async fn retell_secret(
     if own.is_empty() || !bool::from(own.as_bytes().ct_eq(secret.as_bytes())) {
         return Err(Error::Forbidden("The secret in the path is not the one of retell.secret.".into()));
     }
-    retell_call(state, request_id, observed, place, &name, call, upgrade)
+    retell_call(state, connecting, &name, call, upgrade)
 }
 
 fn retell_call(
     State(app): State<Arc<App>>,
-    Extension(request_id): Extension<RequestId>,
-    Extension(observed): Extension<Observed>,
-    Extension(place): Extension<Place>,
+    (Extension(request_id), Extension(observed), Extension(place)): Connecting,
     name: &str,
     call: String,
     upgrade: Upgrade,
 ) -> Result<Response<Body>, Error> {
-    let agent = app.agent(name)?;
+    let agent = app.agent_of_call("retell", name)?;
     if call.len() > 128 {
         return Err(Error::invalid("call_id", "the call's id may have up to 128 bytes"));
     }
     let upgrade = upgrade.map_err(|e| not_upgraded("…/llm-websocket/{call_id}", &e))?;
-    let opening = app.opening(agent, "retell", observed, request_id)?;
-    Ok(serve(&app, place, upgrade, retell::Connection::new(opening, call)))
+    let opening = app.opening(name, agent, "retell", observed, request_id)?;
+    Ok(serve(&app, place, upgrade, retell::Connection::new(opening, call), retell::MAX_MESSAGE))
 }
 
 /// Who connects, seen through proxies that are trusted: the last address that none of them is.
@@ -307,7 +311,8 @@ async fn take_output(app: &App, session: &str, call: &str, request: Request) -> 
         .and_then(|value| value.to_str().ok())
         .is_some_and(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().ends_with("json")));
     let unknown = || Error::NotFound("There is no such session. It may have ended.".into());
-    let (session, token) = match app.auth.find(&key) {
+    // A client secret opens sessions, and its holder answers no calls.
+    let (session, token) = match app.auth.find(&key).filter(|caller| caller.secret().is_none()) {
         Some(caller) => (app.sessions.find(session, &caller.owner())?, None),
         None => (app.sessions.find_any(session).ok_or_else(unknown)?, Some(key)),
     };

@@ -166,6 +166,11 @@ impl App {
         }
     }
 
+    /// The agents that are served.
+    pub fn agent_names(&self) -> Vec<Arc<str>> {
+        self.agents.names()
+    }
+
     /// What a caller can name as a model: the model, and the model as each of the agents.
     fn model_names(&self, caller: &Caller) -> Vec<String> {
         let model = &self.config.model.name;

@@ -13,6 +13,7 @@ use axum::{
     http::Response,
 };
 use serde_json::{Value, json};
+use tracing::Instrument;
 
 use super::{
     App, Place,
@@ -32,6 +33,8 @@ use crate::{
 
 type Params = Result<Query<HashMap<String, String>>, QueryRejection>;
 type Id = Result<Path<String>, PathRejection>;
+/// What a connection that becomes a WebSocket brings with it.
+pub(super) type Connecting = (Extension<RequestId>, Extension<Observed>, Extension<Place>);
 pub(super) type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
 
 fn id(id: Id) -> Result<String, Error> {
@@ -70,9 +73,7 @@ pub(super) async fn create_response(
 pub(super) async fn connect_responses(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Extension(request_id): Extension<RequestId>,
-    Extension(observed): Extension<Observed>,
-    Extension(place): Extension<Place>,
+    (Extension(request_id), Extension(observed), Extension(place)): Connecting,
     agent: Option<Extension<PathAgent>>,
     query: Params,
     upgrade: Upgrade,
@@ -83,7 +84,7 @@ pub(super) async fn connect_responses(
     let agent = agent.map(|Extension(agent)| agent);
     let access = Arc::new(Granted::new(app.clone(), caller, observed, request_id).of("responses", agent));
     let connection = responses::Connection::new(access, app.sessions.clone(), model, app.config.session.max_lanes);
-    Ok(serve(&app, place, upgrade, connection))
+    Ok(serve(&app, place, upgrade, connection, 0))
 }
 
 pub(super) async fn response(
@@ -138,9 +139,7 @@ pub(super) async fn input_items(
 pub(super) async fn connect_realtime(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Extension(request_id): Extension<RequestId>,
-    Extension(observed): Extension<Observed>,
-    Extension(place): Extension<Place>,
+    (Extension(request_id), Extension(observed), Extension(place)): Connecting,
     agent: Option<Extension<PathAgent>>,
     query: Params,
     upgrade: Upgrade,
@@ -168,7 +167,7 @@ pub(super) async fn connect_realtime(
         settings,
     };
     let connection = realtime::connect(access, &app.sessions, opening, app.limits.history).await?;
-    Ok(serve(&app, place, upgrade, connection))
+    Ok(serve(&app, place, upgrade, connection, 0))
 }
 
 pub(super) async fn client_secret(
@@ -243,24 +242,30 @@ pub(super) fn not_upgraded(path: &str, why: &WebSocketUpgradeRejection) -> Error
     Error::UpgradeRequired(format!("GET {path} is a WebSocket: connect to it with ws:// or wss://. ({why})"))
 }
 
+/// Serves a connection. A protocol whose messages are large by nature reads so many bytes at least.
 pub(super) fn serve(
     app: &Arc<App>,
     place: Place,
     upgrade: WebSocketUpgrade,
     protocol: impl Protocol + 'static,
+    max_message: usize,
 ) -> Response<Body> {
     let config = &app.config;
     let limits = socket::Limits {
-        max_message: usize::try_from(config.session.max_message.as_u64()).unwrap_or(usize::MAX),
+        max_message: usize::try_from(config.session.max_message.as_u64()).unwrap_or(usize::MAX).max(max_message),
         write_timeout: config.server.write_timeout,
         idle_timeout: config.session.idle_timeout,
         ping_interval: config.session.ping_interval,
         stop: app.stop.clone(),
     };
     let open = app.sockets.token();
-    socket::configure(upgrade, &limits).on_upgrade(move |socket| async move {
-        // The connection keeps its place until it is closed, and the server waits for it when it stops.
-        let _held = (place, open);
-        socket::serve(socket, protocol, limits).await;
+    let span = tracing::Span::current();
+    socket::configure(upgrade, &limits).on_upgrade(move |socket| {
+        let served = async move {
+            // The connection keeps its place until it is closed, and the server waits for it when it stops.
+            let _held = (place, open);
+            socket::serve(socket, protocol, limits).await;
+        };
+        served.instrument(span)
     })
 }

@@ -133,6 +133,8 @@ struct Making {
     cause: Option<Id>,
     /// The conversation before it, in case it is not accepted.
     before: History,
+    /// Whether what came before it stays in the conversation anyway.
+    lasting: bool,
     keep: bool,
 }
 
@@ -269,7 +271,7 @@ impl Actor {
     }
 
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Box<Command>>) {
-        self.ask_servers(false);
+        self.ask_servers(self.on_leave == OnLeave::GoOn);
         self.armed = Arc::new(self.arm(&self.settings));
         loop {
             match self.wake(&mut commands).await {
@@ -439,10 +441,16 @@ impl Actor {
     // --- readers ---
 
     fn attach(&mut self, attach: Attach) {
-        let Attach { outlet, on_leave, after, if_free, reply } = attach;
+        let Attach { outlet, on_leave, after, again, if_free, reply } = attach;
         if if_free && self.outlet.as_ref().is_some_and(|outlet| !outlet.sender.is_closed()) {
             return;
         }
+        let after = if again {
+            let own = self.making.iter().find(|making| making.assembly.response.in_conversation);
+            own.and_then(|making| self.log.begin_of(making.assembly.speaking()?))
+        } else {
+            after
+        };
         let gap = self.log.rewind(after);
         // An earlier reader learns by the end of its channel that it was replaced.
         self.outlet = Some(outlet);
@@ -496,11 +504,12 @@ impl Actor {
         }
         let Base { mut history, response: previous } =
             base.unwrap_or_else(|| Base { history: self.history.clone(), response: None });
-        if let Some(transcript) = &transcript {
-            self.transcribed = history.transcribe(transcript, self.transcribed);
-        }
+        let transcribed = match &transcript {
+            Some(transcript) => history.transcribe(transcript, self.transcribed),
+            None => self.transcribed,
+        };
         history.extend(&input, "input", self.limits.history)?;
-        let approved = approve(&mut history, &input)?;
+        let approved = approve(&mut history);
         if in_conversation {
             let open = history.view().unanswered();
             if needs_outputs && !open.is_empty() {
@@ -516,6 +525,7 @@ impl Actor {
             history.cancel_calls(open);
         }
         // From here on it is accepted, or puts everything back.
+        self.transcribed = transcribed;
         self.partial = None;
         if self.on_leave != OnLeave::GoOn {
             // In this dialect settings come with each request, and the next will most likely bring the same.
@@ -540,7 +550,7 @@ impl Actor {
         };
         let last = view.items.last().map(|item| item.id.clone());
         let assembly = Assembly::new(response, last.filter(|_| in_conversation));
-        let asked = self.ask(&settings);
+        let asked = self.ask(&settings, true);
         if !generate {
             self.history = history;
             self.emit(Event::Begun(Arc::new(assembly.response.clone())));
@@ -569,6 +579,7 @@ impl Actor {
             patience: None,
             cause,
             before,
+            lasting: respond.lasting,
             keep: respond.keep,
             settings,
         });
@@ -677,14 +688,19 @@ impl Actor {
                         self.go_on(at);
                         self.warm_up();
                     }
+                    // A call that is complete runs, and the answer has tokens of its own.
+                    FinishReason::Length if self.making[at].round.own > 0 => {
+                        self.go_on(at);
+                        self.warm_up();
+                    }
                     FinishReason::Length => self.stop(at, Outcome::Length),
                     FinishReason::Cancelled => self.stop(at, Outcome::Cancelled),
                 }
             }
             Step::Failed(error) if !making.begun => {
                 // Not accepted: it is as if it had never been asked for.
-                let Making { cause, before, assembly, .. } = self.making.swap_remove(at);
-                if assembly.response.in_conversation {
+                let Making { cause, before, assembly, lasting, .. } = self.making.swap_remove(at);
+                if assembly.response.in_conversation && !lasting {
                     self.history = before;
                 }
                 self.handle.about.running.store(!self.making.is_empty(), Ordering::Relaxed);
@@ -799,9 +815,9 @@ impl Actor {
     }
 
     /// Asks servers for their tools that were not asked yet, or in vain. Gives those of the client's among them.
-    fn ask(&mut self, settings: &Settings) -> Vec<Arc<Server>> {
+    fn ask(&mut self, settings: &Settings, clients: bool) -> Vec<Arc<Server>> {
         let mut asked = Vec::new();
-        for server in settings.servers() {
+        for server in settings.servers().filter(|server| clients || !settings.kit.servers.contains(server)) {
             match self.lists.iter().position(|(known, _)| known == server) {
                 Some(at) if matches!(self.lists[at].1, Some(Err(_))) => drop(self.lists.remove(at)),
                 Some(_) => continue,
@@ -825,13 +841,10 @@ impl Actor {
         asked
     }
 
-    /// Asks the servers of the session's own settings.
-    fn ask_servers(&mut self, tell: bool) {
+    /// Asks the servers of the session's own settings. Where those come with each request, so do the client's servers.
+    fn ask_servers(&mut self, clients: bool) {
         let settings = self.settings.clone();
-        for server in self.ask(&settings) {
-            if !tell {
-                continue;
-            }
+        for server in self.ask(&settings, clients) {
             let content = Content::Listing { server: server.label.as_str().into(), tools: Ok(Arc::new([])) };
             let item = Arc::new(Item { id: new_id("mcpl"), content, status: super::Status::InProgress });
             self.history.add_own(item.clone());
@@ -1210,24 +1223,23 @@ fn waiting_turn(settings: &Settings, tools: &Arc<[Tool]>, view: View, partial: O
 }
 
 /// Takes a person's word on calls: gives those that may run, and tells the model of the others.
-fn approve(history: &mut History, input: &[Arc<Item>]) -> Result<Vec<Arc<Item>>, Error> {
+fn approve(history: &mut History) -> Vec<Arc<Item>> {
+    let view = history.view();
     let mut approved = Vec::new();
-    for item in input {
+    for item in &view.items {
         let Content::Approval { request, approve } = &item.content else { continue };
-        let found = history.view().item(request).cloned();
-        let found = found.filter(|item| item.run().is_some_and(|run| run.state == RunState::AwaitsApproval));
-        let found = found.ok_or_else(|| {
-            Error::invalid("input", format!("there is no call `{request}` that waits for an approval"))
-        })?;
+        let waits = |item: &&Arc<Item>| item.run().is_some_and(|run| run.state == RunState::AwaitsApproval);
+        let Some(found) = view.item(request).filter(waits) else { continue };
         if *approve {
-            approved.push(found);
+            history.replace(Arc::new(found.with_run(RunState::Approved)));
+            approved.push(found.clone());
         } else {
             let told = "The person who was asked did not approve this call.";
             let denied = Failure { kind: "denied", told: told.into() };
             history.replace(Arc::new(found.with_run(RunState::Done(denied.into()))));
         }
     }
-    Ok(approved)
+    approved
 }
 
 /// Keeps the token of a call that has its outcome.
@@ -1432,6 +1444,12 @@ impl Log {
         let Some(after) = after else { return false };
         self.next = (after.saturating_add(1)).clamp(self.first, self.last() + 1);
         after + 1 < self.first
+    }
+
+    /// The number of the event before an item began, if that is still known.
+    fn begin_of(&self, id: &Id) -> Option<u64> {
+        let is_it = |event: &Arc<Event>| matches!(&**event, Event::OutputBegun { at, .. } if at.item == *id);
+        self.events.iter().position(is_it).map(|at| self.first + at as u64 - 1)
     }
 
     fn forget(&mut self) {

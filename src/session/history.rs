@@ -116,6 +116,8 @@ pub enum RunState {
     Called,
     /// It waits for a person's approval. A conversation that goes on without gives it up.
     AwaitsApproval,
+    /// It was approved; the call itself is an item of its own.
+    Approved,
     /// The tool runs.
     Running,
     /// It is over.
@@ -381,33 +383,69 @@ impl History {
     }
 
     /// Takes a platform's transcript of the whole call as what was heard: what the agent is shown to have said replaces what
-    /// it said since the caller spoke last, and what the caller said since is added. `known` is how many utterances of an
-    /// earlier version are part of the history; gives how many are now.
+    /// it said since the caller spoke last, and what the caller said since is added. `known` is how much of an earlier
+    /// version is part of the history; gives how much is now.
     pub(super) fn transcribe(&mut self, transcript: &[(Role, String)], known: usize) -> usize {
+        // Platforms join and split what one speaker says in a row.
+        let mut spoken: Vec<(Role, String)> = Vec::new();
+        for (role, text) in transcript.iter().map(|(role, text)| (*role, text.trim())) {
+            match spoken.last_mut() {
+                _ if text.is_empty() => {}
+                Some((last, words)) if *last == role => {
+                    words.push(' ');
+                    words.push_str(text);
+                }
+                _ => spoken.push((role, text.to_owned())),
+            }
+        }
         let view = self.view();
-        let mut new = &transcript[known.min(transcript.len())..];
-        let user = |item: &&Arc<Item>| matches!(item.content, Content::Message { role: Role::User, .. });
-        let last_user = view.items.iter().rev().find(user);
-        // A caller who went on speaking after an answer had begun: their last words are longer now.
-        if let (Some((Role::User, now)), Some(item)) =
-            (known.checked_sub(1).and_then(|at| transcript.get(at)), last_user)
-            && let Content::Message { text, .. } = &item.content
-            && !text.trim_end().ends_with(now.trim())
-        {
-            self.replace(Arc::new(Item::message(item.id.clone(), Role::User, now.trim())));
+        let known = known.min(spoken.len());
+        // A caller who went on speaking after an answer had begun: their last words are more now.
+        if let Some((Role::User, now)) = known.checked_sub(1).map(|at| &spoken[at]) {
+            self.went_on(&view, now);
         }
-        let agent = new.iter().take_while(|(role, _)| *role == Role::Assistant).count();
-        let heard = new[..agent].iter().map(|(_, text)| text.trim()).collect::<Vec<_>>().join(" ");
-        new = &new[agent..];
-        self.correct(&view.latest_words(), &heard);
+        let mut new = spoken[known..].iter().peekable();
+        let heard = new.next_if(|(role, _)| *role == Role::Assistant).map_or("", |(_, text)| text);
+        self.correct(&view.latest_words(), heard);
         // Whatever is left: the caller's words, and words of the agent's that this history does not know.
-        for (role, text) in new.iter().filter(|(_, text)| !text.trim().is_empty()) {
-            self.push(Record::Add {
-                item: Arc::new(Item::message(new_id("msg"), *role, text.trim())),
-                place: Place::End,
-            });
+        for (role, text) in new {
+            let item = Arc::new(Item::message(new_id("msg"), *role, text.as_str()));
+            self.push(Record::Add { item, place: Place::End });
         }
-        transcript.iter().rposition(|(role, _)| *role == Role::User).map_or(0, |at| at + 1)
+        spoken.iter().rposition(|(role, _)| *role == Role::User).map_or(0, |at| at + 1)
+    }
+
+    /// What the caller said since they last heard anything is this by now.
+    fn went_on(&mut self, view: &View, now: &str) {
+        let text = |item: &Arc<Item>| match &item.content {
+            Content::Message { role: Role::User, text, .. } => Some(text.clone()),
+            _ => None,
+        };
+        let Some(last) = view.items.iter().rposition(|item| text(item).is_some()) else { return };
+        let heard = |item: &Arc<Item>| item.spoken().is_some_and(|words| !words.is_empty());
+        let from = view.items[..last].iter().rposition(heard).map_or(0, |at| at + 1);
+        let said: Vec<&Arc<Item>> = view.items[from..=last].iter().filter(|item| text(item).is_some()).collect();
+        let known = said.iter().filter_map(|item| text(item)).collect::<Vec<_>>().join(" ");
+        if known == now {
+            return;
+        }
+        let more = heard_end(now, &known).map(|end| now[end..].trim()).filter(|_| !known.is_empty());
+        let called = view.items[last..].iter().any(|item| item.call().is_some());
+        match more {
+            Some("") => {}
+            // What a tool told meanwhile stands between.
+            Some(more) if called => {
+                let item = Arc::new(Item::message(new_id("msg"), Role::User, more));
+                self.push(Record::Add { item, place: Place::End });
+            }
+            _ => {
+                self.replace(Arc::new(Item::message(said[0].id.clone(), Role::User, now)));
+                let others: Vec<Id> = said[1..].iter().map(|item| item.id.clone()).collect();
+                if !others.is_empty() {
+                    self.remove(others);
+                }
+            }
+        }
     }
 
     /// Makes of what was said what was heard.
@@ -425,16 +463,17 @@ impl History {
         if heard_end(&spoken, heard).is_some_and(|end| end == spoken.len()) && !heard.is_empty() {
             return;
         }
-        let mut changed = if heard.is_empty() { Vec::new() } else { heard_of(said, heard) };
-        if changed.is_empty() {
+        let part = if heard.is_empty() { None } else { heard_from(said, 0, heard) };
+        let changed = part.unwrap_or_else(|| {
             // Nothing of it was heard, or it was heard in other words.
-            changed = said.iter().filter_map(|item| item.heard("").ok()).collect();
+            let mut changed: Vec<Item> = said.iter().filter_map(|item| item.heard("").ok()).collect();
             if let (false, Some(Item { content: Content::Message { text, .. }, .. })) =
                 (heard.is_empty(), changed.iter_mut().find(|item| item.id == last.id))
             {
                 *text = heard.to_owned();
             }
-        }
+            changed
+        });
         for item in changed {
             self.replace(Arc::new(item));
         }
@@ -568,6 +607,15 @@ impl View {
                 Err(Error::invalid("call_id", format!("the call_id `{call_id}` is taken by another call")))
             }
             Content::Output { call_id, .. } => self.check_output(call_id),
+            Content::Approval { request, .. } => {
+                let waits = |item: &Arc<Item>| item.run().is_some_and(|run| run.state == RunState::AwaitsApproval);
+                let answers = |item: &Arc<Item>| matches!(&item.content, Content::Approval { request: other, .. } if other == request);
+                if self.items.iter().any(answers) || !self.item(request).is_some_and(waits) {
+                    let why = format!("there is no call `{request}` that waits for an approval");
+                    return Err(Error::invalid("approval_request_id", why));
+                }
+                Ok(())
+            }
             _ => Ok(()),
         }
     }
@@ -622,7 +670,7 @@ impl View {
                 match &run.state {
                     RunState::Done(answer) => drop(outputs.insert(call_id, &answer.output)),
                     RunState::Running => drop(outputs.insert(call_id, STILL_RUNNING)),
-                    RunState::Called | RunState::AwaitsApproval => {}
+                    RunState::Called | RunState::AwaitsApproval | RunState::Approved => {}
                 }
             }
         }
@@ -693,29 +741,11 @@ fn is_called(status: Status, run: Option<&Run>) -> bool {
 /// them, or of those from some message on, or of the sentence that was being spoken, when the caller heard what comes
 /// before to its end. Gives those that change; messages that nothing was heard of become empty.
 pub fn heard_of(said: &[Arc<Item>], heard: &str) -> Vec<Item> {
-    let unheard = |items: &[Arc<Item>]| -> Vec<Item> { items.iter().filter_map(|item| item.heard("").ok()).collect() };
     if heard.trim().is_empty() {
-        return said.last().map_or_else(Vec::new, |last| unheard(std::slice::from_ref(last)));
+        return said.last().and_then(|last| last.heard("").ok()).into_iter().collect();
     }
-    for from in (0..said.len()).rev() {
-        let mut rest = heard.trim();
-        for (at, item) in said.iter().enumerate().skip(from) {
-            let words = item.spoken().unwrap_or_default();
-            // All of this one was heard, and more.
-            if let Some(end) = heard_end(rest, words.trim())
-                && end < rest.len()
-                && !words.trim().is_empty()
-            {
-                rest = rest[end..].trim_start();
-                continue;
-            }
-            let Ok(part) = item.heard(rest) else { break };
-            let mut changed = unheard(&said[at + 1..]);
-            if part.spoken() != item.spoken() {
-                changed.insert(0, part);
-            }
-            return changed;
-        }
+    if let Some(changed) = (0..said.len()).rev().find_map(|from| heard_from(said, from, heard)) {
+        return changed;
     }
     // A part that begins within a message.
     for (at, item) in said.iter().enumerate().rev() {
@@ -731,6 +761,33 @@ pub fn heard_of(said: &[Arc<Item>], heard: &str) -> Vec<Item> {
         }
     }
     Vec::new()
+}
+
+/// The same for what was heard from one message on; `None` when they say something else.
+fn heard_from(said: &[Arc<Item>], from: usize, heard: &str) -> Option<Vec<Item>> {
+    let mut rest = heard.trim();
+    for (at, item) in said.iter().enumerate().skip(from) {
+        let words = item.spoken().unwrap_or_default().trim();
+        // All of this one was heard, and more.
+        if let Some(end) = heard_end(rest, words)
+            && (end < rest.len() || words.is_empty())
+        {
+            rest = rest[end..].trim_start();
+            continue;
+        }
+        let part = item.heard(rest).ok()?;
+        let mut changed = unheard(&said[at + 1..]);
+        if part.spoken() != item.spoken() {
+            changed.insert(0, part);
+        }
+        return Some(changed);
+    }
+    None
+}
+
+/// The versions of messages of which nothing was heard.
+fn unheard(said: &[Arc<Item>]) -> Vec<Item> {
+    said.iter().filter_map(|item| item.heard("").ok()).collect()
 }
 
 #[cfg(test)]

@@ -202,6 +202,8 @@ pub struct Attach {
     pub on_leave: OnLeave,
     /// Send what followed this event again.
     pub after: Option<u64>,
+    /// Send the message that is being said again, from its beginning.
+    pub again: bool,
     /// Only if nobody reads yet.
     pub if_free: bool,
     /// Told once it is done; dropped when it is not.
@@ -266,6 +268,8 @@ pub struct Respond {
     pub context: Option<History>,
     /// Whether its output joins the conversation.
     pub in_conversation: bool,
+    /// Whether what comes before it stays in the conversation although it is refused: a caller has said it all the same.
+    pub lasting: bool,
     /// Whether calls without an output are refused; otherwise they are given up.
     pub needs_outputs: bool,
     /// Whether the model answers. Without that its prompt is only computed.
@@ -398,6 +402,11 @@ impl Sessions {
         self.find_any(&id)
     }
 
+    /// Whether a platform calls a live session by a name that begins so.
+    pub fn has_alias(&self, prefix: &str) -> bool {
+        self.aliases.iter().any(|alias| alias.key().starts_with(prefix))
+    }
+
     /// Live sessions of this owner, oldest first.
     pub fn list(&self, owner: &Owner) -> Vec<Arc<About>> {
         let mut found: Vec<Arc<About>> =
@@ -480,8 +489,20 @@ impl Handle {
         if_free: bool,
     ) -> Result<Attached, Error> {
         let (reply, attached) = oneshot::channel();
-        self.send(None, Action::Attach(Attach { outlet, on_leave, after, if_free, reply })).await?;
+        let attach = Attach { outlet, on_leave, after, again: false, if_free, reply };
+        self.send(None, Action::Attach(attach)).await?;
         attached.await.map_err(|_| Error::NotFound(format!("The session `{}` is not to be had.", self.about.id)))
+    }
+
+    /// Becomes the reader of a session whose reader was cut off: what it was hearing begins again.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when the session has ended.
+    pub async fn take_over(&self, outlet: Outlet, on_leave: OnLeave) -> Result<Attached, Error> {
+        let (reply, attached) = oneshot::channel();
+        let attach = Attach { outlet, on_leave, after: None, again: true, if_free: false, reply };
+        self.send(None, Action::Attach(attach)).await?;
+        attached.await.map_err(|_| Error::NotFound(format!("The session `{}` has ended.", self.about.id)))
     }
 
     /// Ends the session, and waits until it has.

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::history::{Answer, Content, Id, Item, Phase, Role, Run, RunState, Status, new_id};
 use crate::{
+    agent::Dtmf,
     error::Error,
     tool::{Failure, Hand, Kit, control, mcp::Server},
     turn::{
@@ -71,6 +72,8 @@ pub struct Persona {
     pub tool_rounds: usize,
     /// How long a tool may run before the caller hears that it still does; zero is for ever.
     pub still_waiting_after: Duration,
+    /// How keys that the caller presses become a turn.
+    pub dtmf: Dtmf,
     /// The language that it speaks, such as `en-US`.
     pub language: Option<Arc<str>>,
     /// What is known of the call, for tools.
@@ -511,6 +514,12 @@ impl Assembly {
         let (at, item) = self.waiting.swap_remove(at);
         self.settle(at, item.with_run(RunState::Done(answer)), out);
         true
+    }
+
+    /// The message that is being said.
+    pub(super) fn speaking(&self) -> Option<&Id> {
+        let open = self.open.as_ref().filter(|open| matches!(open.content, Content::Message { .. }))?;
+        Some(&open.at.item)
     }
 
     /// Whether calls or listings have no outcome yet.

@@ -160,7 +160,7 @@ impl Hand {
 impl Kit {
     /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
-        self.tools.is_empty() && self.servers.is_empty()
+        self.tools.is_empty() && self.hands.is_empty() && self.servers.is_empty()
     }
 
     /// Adds a server's tools. One whose name is taken gets its server's label in front.

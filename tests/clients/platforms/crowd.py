@@ -135,10 +135,10 @@ class Vanished(Exception):
 class Caller:
     """Makes turns until there were enough. What it does in each is drawn by chance."""
 
-    def __init__(self, gateway, seen, seed):
+    def __init__(self, gateway, seen, seed, most):
         self.gateway, self.seen = gateway, seen
         self.random = random.Random(seed)
-        self.history = example(TEXT, *[{}] * self.random.choice([1, 1, 2, 3]), tool="find")
+        self.history = example(TEXT, *[{}] * self.random.randint(1, most), tool="find")
 
     def draw(self, *plans):
         plan = self.random.choice(plans)
@@ -285,12 +285,12 @@ class Asker(Caller):
                             break
 
 
-async def crowd(gateway, wanted, seed, callers):
-    """Lets so many callers talk at once until so many calls were made."""
+async def crowd(gateway, wanted, seed, callers, most):
+    """Lets so many callers talk at once until so many calls were made, at most so many of them in one turn."""
     seen = Seen(wanted)
 
     kinds = [(Talker, Liner, Talker, Liner, Talker, Asker)[n % 6] for n in range(callers)]
-    await asyncio.gather(*(kind(gateway, seen, f"{seed}/{n}").run() for n, kind in enumerate(kinds)))
+    await asyncio.gather(*(kind(gateway, seen, f"{seed}/{n}", most).run() for n, kind in enumerate(kinds)))
     return seen
 
 

@@ -1,4 +1,4 @@
-"""A bot whose name leads outside first and inside afterwards. Runs a gateway in network and mount namespaces of its own:
+"""A bot whose name leads outside first and inside afterwards. Runs a gateway in namespaces of its own:
 
     unshare --mount --net python rebinding.py FOLDER
 

@@ -33,8 +33,7 @@ SHAPES = {
         {"no_interruption_allowed": bool, "end_call": bool, "transfer_number": str},
     ),
     "tool_call_invocation": ({"tool_call_id": str, "name": str, "arguments": str}, {}),
-    # `successful` stands in the transcripts of Retell's API, beside these.
-    "tool_call_result": ({"tool_call_id": str, "content": str}, {"successful": bool}),
+    "tool_call_result": ({"tool_call_id": str, "content": str}, {}),
 }
 CONFIG = ({"auto_reconnect": bool, "call_details": bool}, {"transcript_with_tool_calls": bool})
 
@@ -88,7 +87,6 @@ class ToolCall:
     arguments: dict
     invoked_at: int
     result: str | None = None
-    successful: bool | None = None
     settled_at: int | None = None
 
 
@@ -182,7 +180,7 @@ class Retell:
         if kind == "tool_call_result":
             call = self.calls[frame["tool_call_id"]]
             assert call.result is None, "a call has one result"
-            call.result, call.successful, call.settled_at = frame["content"], frame.get("successful"), at
+            call.result, call.settled_at = frame["content"], at
 
     def _take_words(self, frame, at):
         number = frame["response_id"]

@@ -64,6 +64,10 @@ def check_shape(received):
 # === agents ===
 
 
+# Lets clients bring tools, and has the model say a word after one call.
+HOST = f'[agents.host]\ninstructions = "{VOICE}"\nmax_tool_rounds = 1\n'
+
+
 def agent(name, url, callback="", **settings):
     """The settings of an agent that has to ask for an order's status, at this URL, before it may say a word."""
     chosen = {"max_tokens": 34, "parallel_tool_calls": False, **settings}

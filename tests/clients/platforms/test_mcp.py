@@ -12,6 +12,7 @@ import pytest
 from conftest import free_port, start, stop
 from talks import (
     BRIEF,
+    HOST,
     PATIENCE,
     VOICE,
     calls_of,
@@ -31,7 +32,7 @@ from talks import (
 ASKED = "What is 2 plus 3?"
 PROGRAM = pathlib.Path(__file__).with_name("mcp_server.py")
 # The arguments of `add` are numbers of any length.
-SUM = {**BRIEF, "max_output_tokens": 64, "instructions": VOICE}
+SUM = {**BRIEF, "max_output_tokens": 64}
 # Nothing listens there while the tests run.
 CLOSED = free_port()
 
@@ -39,8 +40,8 @@ CLOSED = free_port()
 class Mcp:
     """An MCP server, which can be killed and started again."""
 
-    def __init__(self, *options):
-        self.port = free_port()
+    def __init__(self, *options, port=None):
+        self.port = port or free_port()
         self.options = options
         self.url = f"http://127.0.0.1:{self.port}/mcp"
         self.start()
@@ -78,23 +79,21 @@ def plain():
     server.kill()
 
 
-@pytest.fixture
-def frail(frail_server):
-    """One that tests kill."""
-    if frail_server.process.poll() is not None:
-        frail_server.start()
-    yield frail_server
-
-
 @pytest.fixture(scope="module")
-def frail_server():
-    server = Mcp()
+def address():
+    """Where a server is that tests kill."""
+    return free_port()
+
+
+@pytest.fixture
+def frail(address):
+    server = Mcp(port=address)
     yield server
     server.kill()
 
 
 @pytest.fixture(scope="module")
-def gateway(shop, plain, frail_server, tmp_path_factory):
+def gateway(shop, plain, address, tmp_path_factory):
     def agent(name, url, more=""):
         return (
             f'[agents.{name}]\ninstructions = "{VOICE}"\ntool_choice = "required"\nmax_tool_rounds = 1\n'
@@ -103,12 +102,13 @@ def gateway(shop, plain, frail_server, tmp_path_factory):
         )
 
     agents = [
+        HOST,
         agent("desk", shop.url),
         agent("lost", f"http://127.0.0.1:{CLOSED}/mcp"),
         agent("careful", shop.url, 'approval = "always"\n'),
     ]
-    urls = [server.url for server in (shop, plain, frail_server)] + [f"http://127.0.0.1:{CLOSED}/", "http://10.9.8.7/"]
-    settings = f'[tools]\nallow_networks = ["127.0.0.1/32"]\nallow_urls = {json.dumps(urls)}\n'
+    local = [f"http://127.0.0.1:{port}/mcp" for port in (shop.port, plain.port, address, CLOSED)]
+    settings = f'[tools]\nallow_networks = ["127.0.0.1/32"]\nallow_urls = {json.dumps([*local, "http://10.9.8.7/"])}\n'
     gateway = start(tmp_path_factory.mktemp("gateway"), "\n".join(agents), settings)
     yield gateway
     stop(gateway)
@@ -161,17 +161,17 @@ def check_listing(listing, *names):
 
 
 def test_a_call_over_http(gateway, shop):
-    before = counted(gateway, agent="", result="ok")
-    client, model = sdk(gateway)
+    before = counted(gateway, agent="host", result="ok")
+    client, model = sdk(gateway, "host")
     with client:
         tools = [mcp(shop, allowed_tools=["add", "fails"], authorization="secret-of-the-shop")]
         response = client.responses.create(model=model, input=ASKED, tools=tools, tool_choice=force("add"), **SUM)
     check_shape(response)
     items = response.to_dict()["output"]
+    check_sum(items)
+    assert counted(gateway, agent="host", result="ok") == before + 1
     assert kinds(items) == ["mcp_list_tools", "mcp_call", "message"]
     check_listing(items[0], "add", "fails")
-    check_sum(items)
-    assert counted(gateway, agent="", result="ok") == before + 1
     # The server is told as it was named, without its secrets.
     [tool] = response.tools
     assert (tool.type, tool.server_label, tool.server_url) == ("mcp", "shop", shop.url)
@@ -181,7 +181,7 @@ def test_a_call_over_http(gateway, shop):
 
 def test_a_streamed_call_over_http(gateway, plain):
     # This one answers with JSON, and keeps no sessions.
-    client, model = sdk(gateway)
+    client, model = sdk(gateway, "host")
     with client:
         tools = [mcp(plain, allowed_tools={"tool_names": ["add"]})]
         options = {"model": model, "input": ASKED, "tools": tools, "tool_choice": force("add"), **SUM}
@@ -192,7 +192,7 @@ def test_a_streamed_call_over_http(gateway, plain):
 
 
 def test_a_tool_is_chosen_by_its_server(gateway, shop):
-    client, model = sdk(gateway)
+    client, model = sdk(gateway, "host")
     with client:
         choice = {"type": "mcp", "server_label": "shop", "name": "add"}
         response = client.responses.create(model=model, input=ASKED, tools=[mcp(shop)], tool_choice=choice, **SUM)
@@ -201,7 +201,7 @@ def test_a_tool_is_chosen_by_its_server(gateway, shop):
 
 @conversation
 async def test_calls_over_a_responses_websocket(gateway, shop):
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
         options = {"tools": [mcp(shop, allowed_tools=["add"])], "tool_choice": force("add"), **SUM}
         first = await asked.answer(ASKED, **options)
         assert kinds(first["output"]) == ["mcp_list_tools", "mcp_call", "message"]
@@ -218,7 +218,7 @@ async def test_calls_over_a_responses_websocket(gateway, shop):
 
 @conversation
 async def test_calls_over_realtime(gateway, shop):
-    async with talk(gateway) as talked:
+    async with talk(gateway, "host") as talked:
         settings = {"tools": [mcp(shop, allowed_tools=["add"])], "tool_choice": force("add"), **SUM}
         await talked.set(**settings)
         *listing, done = await talked.until("conversation.item.done")
@@ -257,7 +257,7 @@ def item_of(event):
 
 @conversation
 async def test_what_comes_of_tools(gateway, shop):
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
 
         async def call(tool, **more):
             options = {"tools": [mcp(shop, **more)], "tool_choice": force(tool), **SUM}
@@ -268,8 +268,6 @@ async def test_what_comes_of_tools(gateway, shop):
 
         done = await call("authorization", authorization="secret-of-the-shop")
         assert (done["status"], done["output"]) == ("completed", "Bearer secret-of-the-shop")
-        done = await call("authorization", headers={"authorization": "Basic c2hvcA=="})
-        assert done["output"] == "Basic c2hvcA=="
         done = await call("weather")
         assert json.loads(done["output"])["degrees"] == 21.5
 
@@ -278,7 +276,7 @@ async def test_what_comes_of_tools(gateway, shop):
 @conversation
 async def test_a_tool_that_fails(gateway, shop, tool, outcome, told):
     before = counted(gateway, result=outcome)
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
         options = {"tools": [mcp(shop)], "tool_choice": force(tool), **SUM}
         items = (await asked.answer(ASKED, **options))["output"]
     call = only_call(items)
@@ -291,17 +289,19 @@ async def test_a_tool_that_fails(gateway, shop, tool, outcome, told):
 
 @conversation
 async def test_two_servers_with_the_same_tools(gateway, shop, plain):
-    async with line(gateway) as asked:
-        tools = [mcp(server, server_label=label, allowed_tools=["add"]) for server, label in ((shop, "one"), (plain, "two"))]
+    async with line(gateway, "host") as asked:
+        servers = {"one": shop, "two": plain}
+        tools = [mcp(server, server_label=label, allowed_tools=["add"]) for label, server in servers.items()]
         first = (await asked.answer(ASKED, tools=tools, tool_choice=force("add"), **SUM))["output"]
         assert {item["server_label"] for item in first if item["type"] == "mcp_list_tools"} == {"one", "two"}
         check_sum(first, "one")
-        check_sum((await asked.answer(ASKED, tools=tools, tool_choice=force("two_add"), **SUM))["output"], "two", "two_add")
+        second = (await asked.answer(ASKED, tools=tools, tool_choice=force("two_add"), **SUM))["output"]
+        check_sum(second, "two", "two_add")
 
 
 @conversation
 async def test_a_call_that_is_interrupted_is_given_up(gateway, frail):
-    async with talk(gateway) as talked:
+    async with talk(gateway, "host") as talked:
         await talked.set(tools=[mcp(frail, allowed_tools=["wait"])], tool_choice=force("wait"), **SUM)
         await talked.ask(ASKED)
         await talked.until("response.mcp_call.in_progress")
@@ -333,27 +333,36 @@ def check_approved(items, request):
 
 
 # Without a word on it every call has to be approved.
-@pytest.mark.parametrize("required", [None, "always", {"always": {"tool_names": ["add"]}}], ids=["", "always", "some"])
-def test_a_call_is_approved_over_http(gateway, shop, required):
-    client, model = sdk(gateway)
+@pytest.mark.parametrize("required", [None, {"always": {"tool_names": ["add"]}}], ids=["unsaid", "listed"])
+def test_calls_that_need_approval(gateway, shop, required):
+    client, model = sdk(gateway, "host")
     with client:
-        options = {"model": model, "tools": [mcp(shop, require_approval=required)], **SUM}
+        tools = [mcp(shop, require_approval=required)]
+        response = client.responses.create(model=model, input=ASKED, tools=tools, tool_choice=force("add"), **SUM)
+    request_of(check_shape(response).to_dict()["output"])
+
+
+def test_a_call_is_approved_over_http_once(gateway, shop):
+    client, model = sdk(gateway, "host")
+    with client:
+        options = {"model": model, "tools": [mcp(shop, require_approval="always")], **SUM}
         first = check_shape(client.responses.create(input=ASKED, tool_choice=force("add"), **options))
         request = request_of(first.to_dict()["output"])
+        options["tool_choice"] = "none"
         given = {"previous_response_id": first.id, "input": [approval(request, True)]}
         second = check_shape(client.responses.create(**given, **options))
         check_approved(second.to_dict()["output"], request)
-        # It was approved, and is done: it is not done again.
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.responses.create(previous_response_id=second.id, input=[approval(request, True)], **options)
-        assert caught.value.param.startswith("input")
         for unknown in ({"id": "mcpr_unknown"}, {"id": second.output[-1].id}):
-            with pytest.raises(openai.BadRequestError):
+            with pytest.raises(openai.BadRequestError) as caught:
                 client.responses.create(previous_response_id=first.id, input=[approval(unknown, True)], **options)
+            assert caught.value.param.startswith("input")
+        # It was approved, and is done: it is not done again.
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(previous_response_id=second.id, input=[approval(request, True)], **options)
 
 
 def test_calls_that_need_no_approval(gateway, shop):
-    client, model = sdk(gateway)
+    client, model = sdk(gateway, "host")
     with client:
         tools = [mcp(shop, require_approval={"never": {"tool_names": ["add"]}})]
         response = client.responses.create(model=model, input=ASKED, tools=tools, tool_choice=force("add"), **SUM)
@@ -364,12 +373,13 @@ def test_calls_that_need_no_approval(gateway, shop):
 @conversation
 async def test_a_person_decides_over_a_responses_websocket(gateway, shop, approve):
     before = counted(gateway)
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
         options = {"tools": [mcp(shop, require_approval="always")], **SUM}
         first = await asked.answer(ASKED, tool_choice=force("add"), **options)
         request = request_of(first["output"])
         assert counted(gateway) == before
-        second = await asked.answer([approval(request, approve)], previous_response_id=first["id"], **options)
+        given = {"previous_response_id": first["id"], "tool_choice": "none"}
+        second = await asked.answer([approval(request, approve)], **given, **options)
         if approve:
             check_approved(second["output"], request)
         else:
@@ -381,12 +391,12 @@ async def test_a_person_decides_over_a_responses_websocket(gateway, shop, approv
 @conversation
 async def test_a_person_decides_over_realtime(gateway, shop, approve):
     before = counted(gateway)
-    async with talk(gateway) as talked:
+    async with talk(gateway, "host") as talked:
         await talked.set(tools=[mcp(shop, require_approval="always", allowed_tools=["add"])], **SUM)
         request = request_of((await talked.answer(ASKED, tool_choice=force("add")))["output"])
         assert counted(gateway) == before
         await talked.add({"id": "mcpa_1", **approval(request, approve)})
-        await talked.connection.response.create()
+        await talked.connection.response.create(response={"tool_choice": "none"})
         second = (await talked.until("response.done"))[-1].response.to_dict()
         if approve:
             check_approved(second["output"], request)
@@ -398,7 +408,7 @@ async def test_a_person_decides_over_realtime(gateway, shop, approve):
 @conversation
 async def test_a_call_that_nobody_approves_is_given_up(gateway, shop):
     before = counted(gateway)
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
         options = {"tools": [mcp(shop, require_approval="always")], **SUM}
         first = await asked.answer(ASKED, tool_choice=force("add"), **options)
         request_of(first["output"])
@@ -419,7 +429,7 @@ def check_failed_listing(items):
 @pytest.mark.parametrize("choice", ["auto", "required", force("add")], ids=["auto", "required", "named"])
 @conversation
 async def test_a_server_that_is_down(gateway, choice):
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
         options = {"tools": [mcp(f"http://127.0.0.1:{CLOSED}/mcp")], **SUM}
         response = await asked.answer("Hello there.", tool_choice=choice, **options)
         assert "response.mcp_list_tools.failed" in [event.type for event in asked.heard]
@@ -430,7 +440,7 @@ async def test_a_server_that_is_down(gateway, choice):
 
 @conversation
 async def test_a_server_that_is_down_for_realtime(gateway):
-    async with talk(gateway) as talked:
+    async with talk(gateway, "host") as talked:
         await talked.set(tools=[mcp(f"http://127.0.0.1:{CLOSED}/mcp")], **SUM)
         *listing, done = await talked.until("conversation.item.done")
         assert [event.type for event in listing] == [
@@ -443,7 +453,7 @@ async def test_a_server_that_is_down_for_realtime(gateway):
 
 @conversation
 async def test_a_server_that_dies_and_comes_back(gateway, frail):
-    async with talk(gateway) as talked:
+    async with talk(gateway, "host") as talked:
         tools = [mcp(frail, allowed_tools=["wait", "add"])]
         await talked.set(tools=tools, tool_choice=force("wait"), **SUM)
         await talked.ask(ASKED)
@@ -467,7 +477,7 @@ async def test_a_server_that_dies_and_comes_back(gateway, frail):
 
 @conversation
 async def test_a_server_that_is_started_anew_is_called_all_the_same(gateway, frail):
-    async with line(gateway) as asked:
+    async with line(gateway, "host") as asked:
         options = {"tools": [mcp(frail, allowed_tools=["add"])], "tool_choice": force("add"), **SUM}
         first = await asked.answer(ASKED, **options)
         check_sum(first["output"])
@@ -485,17 +495,17 @@ NOT_TO_BE_ASKED = ["https://mcp.example.com/mcp", "http://127.0.0.1:1/mcp", "htt
 @pytest.mark.parametrize("url", NOT_TO_BE_ASKED)
 def test_a_server_that_may_not_be_named(gateway, url):
     tool = {"type": "mcp", "server_label": "shop", "server_url": url, "require_approval": "never"}
-    client, model = sdk(gateway)
+    client, model = sdk(gateway, "host")
     with client, pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(model=model, input=ASKED, tools=[tool])
     assert caught.value.param == "tools[0].server_url" and caught.value.body["message"]
 
     @conversation
     async def over_sockets():
-        async with line(gateway) as asked:
+        async with line(gateway, "host") as asked:
             await asked.ask(ASKED, tools=[tool])
             assert (await asked.until("error"))[-1].param == "tools[0].server_url"
-        async with talk(gateway) as talked:
+        async with talk(gateway, "host") as talked:
             await talked.connection.session.update(session={"type": "realtime", "tools": [tool]})
             assert (await talked.until("error"))[-1].error.param == "session.tools[0].server_url"
 
@@ -525,6 +535,6 @@ def test_an_agent_whose_calls_have_to_be_approved(gateway):
     with client:
         first = check_shape(client.responses.create(model=model, input=ASKED)).to_dict()
         request = request_of(first["output"])
-        given = {"previous_response_id": first["id"], "input": [approval(request, True)], "tool_choice": "auto"}
+        given = {"previous_response_id": first["id"], "input": [approval(request, True)], "tool_choice": "none"}
         check_approved(client.responses.create(model=model, **given).to_dict()["output"], request)
     assert counted(gateway, agent="careful") == 1

@@ -347,15 +347,15 @@ def test_keys_are_one_turn(gateway, agent, keys, turn):
 
 
 def test_keys_before_words_come_before_them(gateway):
-    with Call(gateway, "pause") as call:
+    with Call(gateway, "hash") as call:
         call.begin()
         call.press("12")
         call.say("Sorry, wrong keys. Who are you?")
-        answer = call.utterance()
-        history = call.history()
-        # What was pressed before the caller spoke does not interrupt the answer to what they said.
-        assert "Who are you?" in [text for who, text in history if who == "user"][-1]
-        assert history[-1] == ("assistant", answer.text)
+        assert call.utterance().text
+        # What was pressed before the caller spoke waits no more, to be a turn that interrupts the answer.
+        call.press("#")
+        assert call.is_silent()
+        assert "Who are you?" in [text for who, text in call.history() if who == "user"][-1]
 
 
 def test_an_agent_presses_keys(gateway):
@@ -454,9 +454,7 @@ def test_a_connection_breaks_in_an_answer(gateway):
         [question, answer] = call.history()
         assert question == ("user", STORY_PLEASE)
         assert answer[1].startswith(before.rstrip())
-        assert answer[1].rstrip().endswith(after.rstrip()), "it goes on with the same answer"
-        at = len(answer[1].rstrip()) - len(after.rstrip())
-        assert answer[1][at - 1].isspace() or answer[1][at].isspace(), f"it goes on within a word: {after!r}"
+        assert after.strip() == answer[1].strip(), "the sentence that broke off begins again"
 
 
 def test_a_connection_is_replaced_in_an_answer(gateway):
@@ -469,12 +467,11 @@ def test_a_connection_is_replaced_in_an_answer(gateway):
         with contextlib.suppress(websockets.ConnectionClosed):
             while True:
                 before += json.loads(old.recv(timeout=WITHIN))["token"]
+        # What was on its way when the connection broke was not heard, so the sentence begins again.
         after = call.utterance().text
-        # Between them the two connections bring all words, whole and once.
         _, answer = call.history()[-1]
         assert answer.startswith(before)
-        assert after[:60] == answer[len(before) :][:60]
-        assert before + after == answer
+        assert after.strip() == answer.strip()
 
 
 def test_a_connection_breaks_while_a_tool_runs(gateway, bot):

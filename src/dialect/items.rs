@@ -351,11 +351,22 @@ pub(super) fn tool_choice(fields: &Fields<'_>, settings: &Settings, faults: &mut
         },
         value => {
             let choice = Fields::of(value, fields.at("tool_choice"), faults)?;
-            if let Some(other) = choice.required_text("type", faults).filter(|kind| *kind != "function") {
-                faults.add(choice.at("type"), format!("type has to be function, not `{other}`"));
-                return None;
-            }
-            let name = choice.required_text("name", faults)?;
+            let name = match choice.required_text("type", faults)? {
+                "function" => choice.required_text("name", faults)?,
+                // Any tool of a server, or the one that is named.
+                "mcp" => {
+                    choice.required_text("server_label", faults)?;
+                    match choice.text("name", faults) {
+                        Some(name) => name,
+                        None if settings.has_tools() => return Some(ToolChoice::Required),
+                        None => "",
+                    }
+                }
+                other => {
+                    faults.add(choice.at("type"), format!("type has to be function or mcp, not `{other}`"));
+                    return None;
+                }
+            };
             if !settings.may_know(name) {
                 faults.add(choice.at("name"), format!("`{name}` is none of the tools"));
             }

@@ -22,7 +22,7 @@ AGENT = f"""
 instructions = "{VOICE}"
 tool_choice = "find"
 max_tool_rounds = 1
-max_tokens = 96
+max_tokens = 128
 temperature = 0.0
 [[agents.many.tools]]
 name = "find"

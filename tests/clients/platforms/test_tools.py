@@ -589,7 +589,7 @@ def check_record(record, call):
 
 def test_nothing_is_lost(bot, tmp_path):
     long = os.environ.get("ELECTRON_LONG") == "1"
-    wanted, seed, callers, most = (200, 1, 24, 3) if long else (40, 2, 20, 2)
+    wanted, seed, callers, most = (200, 1, 24, 5) if long else (40, 2, 20, 2)
     began = time.monotonic()
     # Nobody's session may end before it was looked into.
     settings = '[session]\nresume_window = "1h"\n[tools]\nallow_networks = ["127.0.0.1/32"]\n'

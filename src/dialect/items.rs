@@ -100,7 +100,10 @@ pub(super) fn item(value: &Value, path: Vec<PathPart>, faults: &mut Faults) -> O
 
 /// A call that the gateway ran, in a conversation that a client sends again.
 fn ran(fields: &Fields<'_>, faults: &mut Faults) -> Option<Content> {
-    let error = fields.get("error").map(|error| error.as_str().map_or_else(|| error.to_string(), str::to_owned));
+    let error = fields.get("error").map(|error| {
+        let told = [error.pointer("/content/0/text"), error.get("message"), Some(error)];
+        told.into_iter().flatten().find_map(Value::as_str).map_or_else(|| error.to_string(), str::to_owned)
+    });
     let output = match (fields.text("output", faults), &error) {
         (Some(output), _) => output.to_owned(),
         (None, Some(error)) => json!({"error": error}).to_string(),
@@ -484,7 +487,10 @@ pub(super) fn item_value(item: &Item, text_part: impl Fn(&str) -> Value) -> Valu
                 RunState::Called | RunState::AwaitsApproval | RunState::Approved => "in_progress",
             };
             let (output, error) = match &run.state {
-                RunState::Done(Answer { error: Some(error), .. }) => (None, Some(error.as_str())),
+                RunState::Done(Answer { error: Some(error), .. }) => {
+                    let content = json!([{"type": "text", "text": error}]);
+                    (None, Some(json!({"type": "mcp_tool_execution_error", "content": content})))
+                }
                 RunState::Done(answer) => (Some(answer.output.as_str()), None),
                 _ => (None, None),
             };

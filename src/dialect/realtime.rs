@@ -29,7 +29,7 @@ use crate::{
     error::{Error, Fault, PathPart},
     session::{
         Action, Attached, Content, Delivery, Event, Handle, Heard, History, Id, Item, OnLeave, Outcome, Outlet, Place,
-        Respond, Response, Sessions, Settings, Spoken, Status, history::Bounds, new_id, response::At,
+        Respond, Response, Run, RunState, Sessions, Settings, Spoken, Status, history::Bounds, new_id, response::At,
     },
     tool::guard::Guard,
     turn::ToolChoice,
@@ -241,6 +241,12 @@ fn max_tokens(settings: &Settings) -> Value {
 pub fn item_value(item: &Item) -> Value {
     let mut value = items::item_value(item, |text| json!({"type": "output_text", "text": text}));
     value["object"] = "realtime.item".into();
+    // This API has a form of its own for what became of a call.
+    if let Some(Run { state: RunState::Done(answer), .. }) = item.run()
+        && let Some(error) = &answer.error
+    {
+        value["error"] = json!({"type": "tool_execution_error", "message": error});
+    }
     value
 }
 

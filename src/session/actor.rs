@@ -175,6 +175,8 @@ struct Running {
     item: Arc<Item>,
     /// Takes a result that comes by another way.
     late: Option<oneshot::Sender<String>>,
+    /// Such a result, from when it was taken until the tool's future has passed it on.
+    taken: Option<String>,
     token: String,
     on_interrupt: OnInterrupt,
     /// Whether its response is over.
@@ -736,7 +738,9 @@ impl Actor {
         self.calls = others;
         for call in stopped {
             call.stop.abort();
-            assembly.answered(&call.call_id, Failure::cancelled().into(), &mut out);
+            // A result that was taken counts, even if an interruption overtakes it.
+            let result = call.taken.clone().ok_or_else(Failure::cancelled);
+            assembly.answered(&call.call_id, result.into(), &mut out);
             remember(&mut self.settled, call);
         }
         for call in self.calls.iter_mut().filter(|call| call.response == id) {
@@ -897,7 +901,17 @@ impl Actor {
         };
         self.jobs.push(Box::pin(async move { Abortable::new(work, stopped).await.unwrap_or(Job::Stopped) }));
         let (call_id, late) = (call_id.clone(), Some(late));
-        self.calls.push(Running { call_id, response, item, late, token, on_interrupt, outlives: false, stop });
+        self.calls.push(Running {
+            call_id,
+            response,
+            item,
+            late,
+            token,
+            on_interrupt,
+            outlives: false,
+            stop,
+            taken: None,
+        });
     }
 
     /// A tool or a server answered.
@@ -990,8 +1004,12 @@ impl Actor {
             if !fits(&call.token) {
                 return Err(wrong());
             }
-            let taken = call.late.take().is_some_and(|late| late.send(output).is_ok());
-            return if taken { Ok(()) } else { Err(over()) };
+            let taken = call.late.take().is_some_and(|late| late.send(output.clone()).is_ok());
+            if !taken {
+                return Err(over());
+            }
+            call.taken = Some(output);
+            return Ok(());
         }
         match self.settled.iter().find(|(settled, _)| **settled == *call_id) {
             Some((_, own)) if !fits(own) => Err(wrong()),

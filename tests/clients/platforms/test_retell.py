@@ -108,7 +108,8 @@ def row(item):
         role = {"assistant": "agent"}.get(item["role"], item["role"])
         return (role, "".join(part["text"] for part in item["content"]).strip())
     assert item["type"] == "mcp_call", item
-    return ("call", item["call_id"], item["output"] or item["error"] or item["status"])
+    why = (item["error"] or {}).get("message")
+    return ("call", item["call_id"], item["output"] or why or item["status"])
 
 
 def history(gateway):

@@ -273,7 +273,7 @@ def test_a_caller_interrupts_while_a_tool_runs(gateway, bot, agent):
         assert call.is_silent()
         [first] = call.calls()
         if agent == "cancelling":
-            assert first["status"] == "failed" and "cancelled" in first["error"] and first["output"] is None
+            assert first["status"] == "failed" and "cancelled" in first["error"]["message"] and first["output"] is None
         else:
             assert first["status"] not in ("completed", "failed") and first["output"] is first["error"] is None
 

@@ -333,16 +333,15 @@ async def test_what_is_refused(responses):
 @conversation
 async def test_tools_that_the_server_runs(server, responses):
     async with responses() as line:
-        # Of servers with which a conversation begins the list is not told.
-        await line.turn("Say hello.", max_output_tokens=4)
         free = mcp_server(server, require_approval="never")
         for name, status in (("clock", "completed"), ("broken", "failed")):
             response = await line.turn("What time is it?", tools=[free, callback(server)], **forced(name))
-            [call] = [item for item in response["output"] if item["type"] == "mcp_call"]
+            # The model may call again by itself.
+            call, *_ = [item for item in response["output"] if item["type"] == "mcp_call"]
             assert (call["status"], call["server_label"]) == (status, "bot")
             assert (call["error"] is None) == (status == "completed")
         response = await line.turn("What time is it?", tools=[free, callback(server)], **forced("ask"))
-        [call] = [item for item in response["output"] if item["type"] == "mcp_call"]
+        call, *_ = [item for item in response["output"] if item["type"] == "mcp_call"]
         assert (json.loads(call["output"]), call["server_label"]) == ({"time": "14:05"}, "callbacks")
         response = await line.turn("Say hello.", tools=[mcp_server(server, "gone", "/gone")], max_output_tokens=4)
         assert response["output"][0]["error"]

@@ -8,6 +8,8 @@ import pytest
 from loguru import logger
 
 _shared = pathlib.Path(__file__).parents[1] / "python" / "conftest.py"
+# For what the server's own fixture asks for.
+sys.path.append(str(_shared.parent))
 _spec = importlib.util.spec_from_file_location("electron_server", _shared)
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
@@ -17,6 +19,7 @@ logger.remove()
 logger.add(sys.stderr, level="WARNING")
 
 KEYS = _module.KEYS
+bot_url = _module.bot_url
 server = _module.server
 
 

@@ -179,7 +179,11 @@ impl Guard {
             Some(Host::Ipv4(address)) => self.permits(address.into()),
             Some(Host::Ipv6(address)) => self.permits(address.into()),
         };
-        if permitted { Ok(()) } else { Err("The URL's address is not one that the gateway may talk to.".to_owned()) }
+        if permitted {
+            Ok(())
+        } else {
+            Err("This address is not public; tools.allow_networks can permit it.".to_owned())
+        }
     }
 
     /// Whether an address may be talked to: it is globally reachable, or in one of the networks of the settings. An

@@ -30,7 +30,7 @@ use url::Url;
 
 use crate::{
     session::{Persona, Settings},
-    tool::{By, Control, Hand, Kit, OnInterrupt, guard::Guard, http::Callback, mcp},
+    tool::{By, Control, Dtmf, Hand, Kit, OnInterrupt, guard::Guard, http::Callback, mcp},
     turn::{FillerPolicy, Phrase, Sampling, Tool, ToolChoice},
 };
 
@@ -122,20 +122,6 @@ pub struct ToolDefinition {
     pub callback: Option<Callback>,
     /// What becomes of a running call when the caller interrupts.
     pub on_interrupt: OnInterrupt,
-}
-
-/// How keys that the caller presses become one message.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Dtmf {
-    /// Pause after a key that ends the message.
-    #[serde(with = "humantime_serde")]
-    pub timeout: Duration,
-    /// The key that ends the message and is not part of it; `None` for none, an empty text in the settings.
-    #[serde(deserialize_with = "finish_on")]
-    pub finish_on: Option<char>,
-    /// So many keys end the message too.
-    pub max_digits: usize,
 }
 
 /// An agent that can be used: everything in its definition was checked.
@@ -235,12 +221,6 @@ impl Default for Definition {
             dtmf: Dtmf::default(),
             key: String::new(),
         }
-    }
-}
-
-impl Default for Dtmf {
-    fn default() -> Self {
-        Self { timeout: Duration::from_secs(2), finish_on: Some('#'), max_digits: 32 }
     }
 }
 
@@ -868,16 +848,6 @@ fn tool_choice<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ToolChoice,
         "required" => ToolChoice::Required,
         _ => ToolChoice::Named(choice),
     })
-}
-
-fn finish_on<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<char>, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    let mut keys = text.chars();
-    match (keys.next(), keys.next()) {
-        (None, _) => Ok(None),
-        (Some(key), None) if key.is_ascii_digit() || matches!(key, '*' | '#') => Ok(Some(key)),
-        _ => Err(de::Error::custom("allowed is one of 0 to 9, * and #, or empty")),
-    }
 }
 
 fn parameters<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map<String, Json>, D::Error> {

@@ -7,7 +7,6 @@ use tokio::sync::mpsc;
 
 use super::Access;
 use crate::{
-    agent::Dtmf,
     electron::{
         filler::{Phrases, Place as Spoken},
         language::Language,
@@ -17,7 +16,7 @@ use crate::{
         Action, Content, Delivery, Handle, Id, Item, OnLeave, Outcome, Outlet, Phase, Place, Respond, Response, Role,
         Sessions, Settings, new_id,
     },
-    tool::{Control, control::Request},
+    tool::{Control, Dtmf, control::Request},
 };
 
 /// Events on their way from the session to the connection.

@@ -10,9 +10,8 @@ use serde_json::{Map, Value};
 
 use super::history::{Answer, Content, Id, Item, Phase, Role, Run, RunState, Status, new_id};
 use crate::{
-    agent::Dtmf,
     error::Error,
-    tool::{Failure, Hand, Kit, control, mcp::Server},
+    tool::{Dtmf, Failure, Hand, Kit, control, mcp::Server},
     turn::{
         FillerPolicy, FinishReason, Message, OutputFormat, Sampling, TokenLogprob, Tool, ToolChoice, Turn, TurnEvent,
         Usage,

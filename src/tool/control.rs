@@ -1,8 +1,9 @@
-//! Tools that act on the call itself. The model is offered those that its dialect can carry out.
+//! What happens to the call itself: tools that act on it, of which the model is offered those that its dialect can carry
+//! out, and keys that the caller presses.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{Value, json};
 
 use crate::turn::{Phrase, Tool};
@@ -42,6 +43,20 @@ pub enum Request {
     Digits(String),
     /// Go on in this language, such as `sv-SE`.
     Language(String),
+}
+
+/// How keys that the caller presses become one message.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Dtmf {
+    /// Pause after a key that ends the message.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// The key that ends the message and is not part of it; `None` for none, an empty text in the settings.
+    #[serde(deserialize_with = "finish_on")]
+    pub finish_on: Option<char>,
+    /// So many keys end the message too.
+    pub max_digits: usize,
 }
 
 // === impl Control ===
@@ -122,5 +137,23 @@ impl Control {
             Self::SetLanguage => "the language was changed",
         }})
         .to_string()
+    }
+}
+
+// === impl Dtmf ===
+
+impl Default for Dtmf {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(2), finish_on: Some('#'), max_digits: 32 }
+    }
+}
+
+fn finish_on<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<char>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let mut keys = text.chars();
+    match (keys.next(), keys.next()) {
+        (None, _) => Ok(None),
+        (Some(key), None) if key.is_ascii_digit() || matches!(key, '*' | '#') => Ok(Some(key)),
+        _ => Err(de::Error::custom("allowed is one of 0 to 9, * and #, or empty")),
     }
 }

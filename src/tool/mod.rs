@@ -8,7 +8,7 @@ pub mod guard;
 pub mod http;
 pub mod mcp;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use tokio::{sync::oneshot, time::Instant};
 use tracing::Instrument;
 
-pub use self::control::Control;
+pub use self::control::{Control, Dtmf};
 use self::{
     guard::Guard,
     http::Callback,
@@ -142,15 +142,6 @@ impl Hand {
             By::Callback(_) => "http",
             By::Mcp(..) => "mcp",
             By::Control(_) => "control",
-        }
-    }
-
-    /// The longest that a call may take.
-    pub fn timeout(&self) -> Duration {
-        match &self.by {
-            By::Callback(callback) => callback.timeout,
-            By::Mcp(server, _) => server.timeout,
-            By::Control(_) => Duration::ZERO,
         }
     }
 }

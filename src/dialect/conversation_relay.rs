@@ -158,14 +158,14 @@ impl Connection {
                 if let (None, Some(lang)) = (line.language(), event["lang"].as_str().filter(plain)) {
                     self.language = Some(lang.to_owned());
                 }
-                self.said(words.to_owned()).await
+                self.said(words.to_owned(), out).await
             }
             ("interrupt", Some(line)) => {
                 let heard = event["utteranceUntilInterrupt"].as_str().map(|heard| cut(heard).to_owned());
                 (self.tail, self.speaking, self.spoken_by) = (String::new(), false, Instant::now());
                 line.interrupt(heard).await
             }
-            ("dtmf", Some(_)) => self.pressed(text("digit")).await,
+            ("dtmf", Some(_)) => self.pressed(text("digit"), out).await,
             (kind, _) => {
                 tracing::debug!(kind, "not understood");
                 Ok(())
@@ -207,7 +207,7 @@ impl Connection {
     }
 
     /// The caller has spoken.
-    async fn said(&mut self, words: String) -> Result<(), Error> {
+    async fn said(&mut self, words: String, out: &mut Frames) -> Result<(), Error> {
         // Who is still talking does not want to hang up.
         (self.last, self.last_due) = (None, None);
         // Keys that were pressed before come before.
@@ -215,14 +215,17 @@ impl Connection {
         let keys = std::mem::take(&mut self.digits);
         let Some(line) = &mut self.line else { return Ok(()) };
         if line.active.is_some() {
-            (self.tail, self.speaking, self.spoken_by) = (String::new(), false, Instant::now());
+            (self.tail, self.spoken_by) = (String::new(), Instant::now());
+            // What was cut off ends here. Otherwise Twilio would put the answer behind it, in the same utterance.
+            self.say("", true, out);
         }
+        let Some(line) = &mut self.line else { return Ok(()) };
         let said = [keys, words].into_iter().filter(|said| !said.is_empty());
         let input = said.map(|said| Arc::new(Item::message(new_id("msg"), Role::User, said))).collect();
         line.ask(input, None).await.map(drop)
     }
 
-    async fn pressed(&mut self, digit: &str) -> Result<(), Error> {
+    async fn pressed(&mut self, digit: &str, out: &mut Frames) -> Result<(), Error> {
         let Some(dtmf) = self.line.as_ref().map(Line::dtmf) else { return Ok(()) };
         let Some(digit) =
             digit.chars().next().filter(|digit| digit.is_ascii_digit() || matches!(digit, '*' | '#' | 'A'..='D'))
@@ -230,22 +233,22 @@ impl Connection {
             return Ok(());
         };
         if dtmf.finish_on == Some(digit) {
-            return self.dialled().await;
+            return self.dialled(out).await;
         }
         self.digits.push(digit);
         if self.digits.len() >= dtmf.max_digits {
-            return self.dialled().await;
+            return self.dialled(out).await;
         }
         self.digits_due = Some(Instant::now() + dtmf.timeout);
         Ok(())
     }
 
     /// The digits are complete.
-    async fn dialled(&mut self) -> Result<(), Error> {
+    async fn dialled(&mut self, out: &mut Frames) -> Result<(), Error> {
         self.digits_due = None;
         match std::mem::take(&mut self.digits) {
             digits if digits.is_empty() => Ok(()),
-            digits => self.said(digits).await,
+            digits => self.said(digits, out).await,
         }
     }
 
@@ -383,7 +386,7 @@ impl Protocol for Connection {
     async fn settle(&mut self, out: &mut Frames) {
         let now = Instant::now();
         if self.digits_due.is_some_and(|due| due <= now)
-            && let Err(error) = self.dialled().await
+            && let Err(error) = self.dialled(out).await
         {
             tracing::warn!(%error, "the call has trouble");
             self.trouble(out);

@@ -99,6 +99,8 @@ class Tools:
             env=environment(TOOL_SECRET=secret, NO_PROXY="127.0.0.1"),
             stderr=subprocess.PIPE,
             text=True,
+            # Whoever runs the tests in the background may have them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.log = [self.process.stderr.readline()]
         self.url = self.log[0].split()[-1]

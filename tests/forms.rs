@@ -188,7 +188,7 @@ fn templates_with_tools_get_them_and_others_get_a_section() {
     assert!(rendered(MISTRAL).contains("[TOOL_CALLS][{\"name\": \"find\", \"arguments\": {\"id\": \"7\"}}]"));
     let plain = rendered(HERMES);
     assert!(
-        plain.contains("<tools>")
+        plain.contains("\nfind(id: string)")
             && plain.contains("<tool_call>\n{\"name\": \"find\", \"arguments\": {\"id\": \"7\"}}\n</tool_call>")
     );
     assert!(plain.contains("<tool_response>\non its way\n</tool_response>"));

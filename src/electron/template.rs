@@ -234,22 +234,71 @@ impl Template {
     }
 }
 
-/// The section that tells a model without tools of its own about them.
+/// The section that tells a model without tools of its own about them: a line for each, as short as a signature, since on a
+/// CPU every token of a prompt is felt. What else the schema asks for is seen to by the grammar.
 fn tools_section(tools: &[Tool]) -> String {
-    let mut text = String::from("You can call these tools:\n<tools>\n");
+    let mut text = String::from("You can call these tools:\n");
     for tool in tools {
-        let mut value = json!({"name": tool.name});
+        let parameters = &tool.parameters;
+        text.push_str(&format!("{}({})", tool.name, properties(parameters, parameters, DEEPEST)));
         if let Some(description) = &tool.description {
-            value["description"] = description.as_str().into();
+            text.push_str(&format!(": {}", one_line(description)));
         }
-        value["parameters"] = tool.parameters.clone();
-        text.push_str(&spaced(&value));
         text.push('\n');
     }
-    text.push_str(
-        "</tools>\nTo call one, answer with:\n<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>",
-    );
+    text.push_str("To call one, answer with:\n<tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>");
     text
+}
+
+/// Levels of a schema that are told.
+const DEEPEST: usize = 4;
+
+/// The properties of an object, `order_id: string (The number), detail?: tracking|items`.
+fn properties(schema: &Value, root: &Value, depth: usize) -> String {
+    let required = |name: &str| schema["required"].as_array().is_some_and(|names| names.iter().any(|n| n == name));
+    let told = schema["properties"].as_object().into_iter().flatten().map(|(name, property)| {
+        let optional = if required(name) { "" } else { "?" };
+        let about = property["description"].as_str().map(|about| format!(" ({})", one_line(about)));
+        format!("{name}{optional}: {}{}", type_of(property, root, depth), about.unwrap_or_default())
+    });
+    told.collect::<Vec<_>>().join(", ")
+}
+
+/// What a schema allows, as a type.
+fn type_of(schema: &Value, root: &Value, depth: usize) -> String {
+    let Some(depth) = depth.checked_sub(1) else { return "any".into() };
+    let bare = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let joined = |schemas: &[Value]| {
+        let types: Vec<String> = schemas.iter().map(|schema| type_of(schema, root, depth)).collect();
+        types.join(" | ")
+    };
+    if let Some(values) = schema["enum"].as_array() {
+        return values.iter().map(bare).collect::<Vec<_>>().join("|");
+    }
+    if let Some(value) = schema.get("const") {
+        return bare(value);
+    }
+    if let Some(target) = schema["$ref"].as_str().and_then(|path| path.strip_prefix('#')) {
+        return root.pointer(target).map_or_else(|| "any".into(), |schema| type_of(schema, root, depth));
+    }
+    if let Some(schemas) = ["anyOf", "oneOf"].iter().find_map(|key| schema[*key].as_array()) {
+        return joined(schemas);
+    }
+    match &schema["type"] {
+        Value::Array(names) => names.iter().map(bare).collect::<Vec<_>>().join(" | "),
+        Value::String(name) => match name.as_str() {
+            "object" if schema["properties"].is_object() => format!("{{{}}}", properties(schema, root, depth)),
+            "array" if schema["items"].is_object() => format!("[{}]", type_of(&schema["items"], root, depth)),
+            "string" => schema["format"].as_str().unwrap_or("string").to_owned(),
+            name => name.to_owned(),
+        },
+        _ if schema["properties"].is_object() => format!("{{{}}}", properties(schema, root, depth)),
+        _ => "any".into(),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 fn tool_value(tool: &Tool) -> Value {
@@ -292,5 +341,47 @@ fn spaced(value: &Value) -> String {
     match serde::Serialize::serialize(value, &mut serializer) {
         Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(_) => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::turn::Phrase;
+
+    fn section(name: &str, description: Option<&str>, parameters: Value) -> String {
+        let description = description.map(str::to_owned);
+        let section = tools_section(&[Tool { name: name.into(), description, parameters, phrase: Phrase::Filler }]);
+        section.lines().nth(1).unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_tool_is_told_in_a_line() {
+        let parameters = json!({"type": "object", "required": ["order_id", "lines"], "properties": {
+            "order_id": {"type": "string", "description": "The number\n on the receipt"},
+            "detail": {"enum": ["tracking", "items"]},
+            "day": {"type": "string", "format": "date"},
+            "note": {"type": ["string", "null"]},
+            "lines": {"type": "array", "items": {"$ref": "#/$defs/line"}},
+            "limit": {"anyOf": [{"type": "integer"}, {"const": "all"}]},
+            "anything": {},
+        }, "$defs": {"line": {"type": "object", "required": ["sku"], "properties": {
+            "sku": {"type": "string"}, "count": {"type": "integer"}}}}});
+        assert_eq!(
+            section("find_order", Some("Finds an order"), parameters),
+            "find_order(order_id: string (The number on the receipt), detail?: tracking|items, day?: date, \
+             note?: string | null, lines: [{sku: string, count?: integer}], limit?: integer | all, anything?: any): \
+             Finds an order"
+        );
+        assert_eq!(section("hang_up", None, json!({})), "hang_up()");
+    }
+
+    #[test]
+    fn a_schema_without_an_end_is_told_up_to_some_level() {
+        let parameters = json!({"$defs": {"node": {"properties": {"next": {"$ref": "#/$defs/node"}}}},
+            "properties": {"first": {"$ref": "#/$defs/node"}}});
+        assert_eq!(section("walk", None, parameters), "walk(first?: {next?: {next?: any}})");
+        let itself = json!({"properties": {"a": {"$ref": "#/properties/a"}}});
+        assert_eq!(section("turn", None, itself), "turn(a?: any)");
     }
 }

@@ -17,7 +17,7 @@ use opentelemetry_proto::tonic::{
 use prost::Message;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpListener,
     process::{Child, Command},
 };
@@ -211,5 +211,45 @@ fn spans_go_to_an_otlp_receiver_without_what_was_said() {
         assert!(matches!(attribute("gen_ai.response.time_to_first_chunk"), AnyValue::DoubleValue(s) if s > 0.0));
         assert!(matches!(attribute("gen_ai.response.finish_reasons"), AnyValue::StringValue(_)));
         assert!(!format!("{spans:?}").contains(secret), "what was said stays out of spans");
+    });
+}
+
+#[test]
+fn conversations_become_what_the_model_is_trained_on() {
+    run(async {
+        let talk = r#"{"messages": [{"role": "system", "content": "You are a phone agent."}, {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": "One moment.", "tool_calls": [{"id": "a", "type": "function",
+             "function": {"name": "find", "arguments": "{\"id\": 7}"}}]},
+            {"role": "tool", "tool_call_id": "a", "content": "here"}, {"role": "assistant", "content": "Here."}],
+            "tools": [{"type": "function", "function": {"name": "find"}}]}"#
+            .replace('\n', " ");
+        let rendered = |lines: String| async move {
+            let mut child = program(&["model", "render"]).stdin(Stdio::piped()).spawn().unwrap();
+            child.stdin.take().unwrap().write_all(lines.as_bytes()).await.unwrap();
+            let done = tokio::time::timeout(Duration::from_secs(120), child.wait_with_output()).await.unwrap().unwrap();
+            let printed = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+            (done.status.code().unwrap(), printed(done.stdout), printed(done.stderr))
+        };
+        let (code, out, _) =
+            rendered(format!("{talk}\n{}\n", r#"{"messages": [{"role": "user", "content": "Hi"}]}"#)).await;
+        let examples: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((code, examples.len()), (0, 2));
+        let answers = examples[0]["answers"].as_array().unwrap();
+        assert_eq!((answers.len(), &examples[0]["speaks"]), (2, &Value::Bool(true)));
+        let at = |answer: &Value, end: &str| answer[end].as_u64().unwrap() as usize;
+        let tokens = examples[0]["tokens"].as_array().unwrap();
+        assert_eq!(at(&answers[1], "end"), tokens.len());
+        assert!(at(&answers[0], "end") < at(&answers[1], "start"));
+        // Both end with the same token, which ends a turn.
+        let last = |answer: &Value| &tokens[at(answer, "end") - 1];
+        assert_eq!(last(&answers[0]), last(&answers[1]));
+        assert_eq!(
+            (examples[1]["answers"].as_array().unwrap().len(), &examples[1]["speaks"]),
+            (0, &Value::Bool(false))
+        );
+
+        let (code, _, err) = rendered(format!("{talk}\nnonsense\n")).await;
+        assert_eq!(code, 1);
+        assert!(err.contains("line 2") && err.contains("JSON"), "{err}");
     });
 }

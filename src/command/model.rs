@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, Read, Write},
     path::{Path, PathBuf},
     process::Stdio,
 };
@@ -10,10 +10,18 @@ use std::{
 use bytesize::ByteSize;
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::Settings;
-use crate::{config, electron::Electron};
+use crate::{
+    config,
+    dialect::chat_completions,
+    electron::{Electron, Example},
+    error::Error,
+    session,
+    turn::FillerPolicy,
+};
 
 /// Commands for models.
 #[derive(Debug, Subcommand)]
@@ -27,6 +35,14 @@ pub(super) enum Command {
     List,
     /// Load a model and tell what it is.
     Inspect {
+        #[command(flatten)]
+        settings: Settings,
+    },
+    /// Turn conversations into the tokens that the model reads and writes, to train it on them.
+    ///
+    /// Reads bodies of chat completions from standard input, one a line; only `messages` and `tools` matter. Writes a line
+    /// for each: `tokens`; `answers`, which of them are the model's; `speaks`, whether the prompt asks for a filler.
+    Render {
         #[command(flatten)]
         settings: Settings,
     },
@@ -64,6 +80,7 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
         }
         Command::List => list(),
         Command::Inspect { settings } => inspect(&settings.load()?.model).await,
+        Command::Render { settings } => render(&load(&settings.load()?.model).await?),
     }
 }
 
@@ -118,6 +135,27 @@ async fn inspect(model: &config::Model) -> Result<(), String> {
     let (form, own) = electron.call_form();
     println!("tool calls    {form:?}{}", if own { ", as its template has them" } else { ", taught by the prompt" });
     Ok(())
+}
+
+fn render(electron: &Electron) -> Result<(), String> {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let told = |e: std::io::Error| format!("standard output: {e}");
+    for (at, line) in std::io::stdin().lock().lines().enumerate() {
+        let line = line.map_err(|e| format!("standard input: {e}"))?;
+        let example = example(electron, &line).map_err(|e| format!("line {}: {e}", at + 1))?;
+        serde_json::to_writer(&mut out, &example).map_err(|e| told(e.into()))?;
+        out.write_all(b"\n").map_err(told)?;
+    }
+    out.flush().map_err(told)
+}
+
+fn example(electron: &Electron, line: &str) -> Result<Example, Error> {
+    let mut body: Value = serde_json::from_str(line).map_err(|e| Error::invalid("", format!("no JSON: {e}")))?;
+    if let Value::Object(fields) = &mut body {
+        fields.insert("model".into(), "electron".into());
+    }
+    let settings = |model: &str, _: &_| Ok(session::Settings::new(model, FillerPolicy::Auto));
+    electron.example(&chat_completions::parse(body.to_string().as_bytes(), settings)?.turn)
 }
 
 fn list() -> Result<(), String> {

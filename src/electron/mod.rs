@@ -15,7 +15,7 @@ pub mod language;
 pub mod parser;
 pub mod template;
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Instant};
 
 use futures::stream;
 use uuid::Uuid;
@@ -41,6 +41,17 @@ pub struct Electron {
     engine: Arc<dyn TokenEngine>,
     template: Template,
     grammars: Grammars,
+}
+
+/// A conversation for training.
+#[derive(Debug, serde::Serialize)]
+pub struct Example {
+    /// All of it, up to the end of the last answer.
+    pub tokens: Vec<u32>,
+    /// Which of them the model generates, the end of each turn included.
+    pub answers: Vec<Range<usize>>,
+    /// Whether its prompt asks for a filler.
+    pub speaks: bool,
 }
 
 /// A turn, ready for the engine.
@@ -160,6 +171,33 @@ impl Electron {
     /// [`Error::Invalid`] when the model's template refuses the conversation.
     pub fn render(&self, turn: &Turn) -> Result<String, Error> {
         Ok(Template::readable(&self.template.render(&turn.messages, &turn.tools)?))
+    }
+
+    /// A conversation as this model is trained on it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the model's template refuses it, or does not render an answer as it would be generated.
+    pub fn example(&self, turn: &Turn) -> Result<Example, Error> {
+        let tokens_of = |messages: &[Message]| {
+            self.template.render(messages, &turn.tools).and_then(|rendered| self.template.tokenize(&rendered))
+        };
+        let mut tokens = tokens_of(&turn.messages)?;
+        let mut answers: Vec<Range<usize>> = Vec::new();
+        for (at, message) in turn.messages.iter().enumerate() {
+            if !matches!(message, Message::Assistant { .. }) {
+                continue;
+            }
+            let prompt = tokens_of(&turn.messages[..at])?;
+            let ends = self.model().vocabulary.end_of_turn();
+            let answer = tokens.strip_prefix(prompt.as_slice());
+            let length = answer.and_then(|answer| answer.iter().position(|token| ends.contains(token)));
+            let length = length.ok_or_else(|| {
+                Error::invalid("messages", format!("message {at} is no continuation of the prompt before it"))
+            })?;
+            answers.push(prompt.len()..prompt.len() + length + 1);
+        }
+        tokens.truncate(answers.last().map_or(tokens.len(), |answer| answer.end));
+        Ok(Example { tokens, answers, speaks: fills(turn) })
     }
 
     fn prepare(&self, turn: &Turn) -> Result<Prepared, Error> {

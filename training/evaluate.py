@@ -1,6 +1,6 @@
 """Asks a running gateway for every turn of conversations that are in no training data, and counts what is right.
 
-    electron-gateway serve --model electron-nano
+    electron-gateway serve --model FOLDER
     python generate.py --held-out --count 180 --seed 7 > held-out.jsonl
     python evaluate.py --url http://127.0.0.1:8080 --key KEY held-out.jsonl
 

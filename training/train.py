@@ -1,4 +1,4 @@
-"""Trains the adapter of electron-nano: low-rank changes of all linear layers of SmolLM2-135M-Instruct.
+"""Trains an adapter: low-rank changes of all linear layers of SmolLM2-135M-Instruct.
 
     python train.py --gateway PROGRAM --base FOLDER --out FOLDER
 

@@ -46,6 +46,17 @@ pub(super) enum Command {
         #[command(flatten)]
         settings: Settings,
     },
+    /// Merge a low-rank adapter, as PEFT saves it, into a model. What comes of it is a folder that can be served.
+    Merge {
+        #[command(flatten)]
+        settings: Settings,
+        /// The file `adapter_model.safetensors`, with the scale already in its second matrices.
+        #[arg(long, value_name = "FILE")]
+        adapter: PathBuf,
+        /// The folder to write.
+        #[arg(long, value_name = "FOLDER")]
+        out: PathBuf,
+    },
 }
 
 /// A model that can be had by name.
@@ -81,6 +92,7 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
         Command::List => list(),
         Command::Inspect { settings } => inspect(&settings.load()?.model).await,
         Command::Render { settings } => render(&load(&settings.load()?.model).await?),
+        Command::Merge { settings, adapter, out } => merge(&settings.load()?.model, &adapter, &out),
     }
 }
 
@@ -156,6 +168,23 @@ fn example(electron: &Electron, line: &str) -> Result<Example, Error> {
     }
     let settings = |model: &str, _: &_| Ok(session::Settings::new(model, FillerPolicy::Auto));
     electron.example(&chat_completions::parse(body.to_string().as_bytes(), settings)?.turn)
+}
+
+#[cfg(feature = "mistral")]
+fn merge(model: &config::Model, adapter: &Path, out: &Path) -> Result<(), String> {
+    let base = resolve(&model.source)?;
+    let bytes = fs::read(adapter).map_err(|e| format!("{}: {e}", adapter.display()))?;
+    if out.exists() {
+        return Err(format!("{} is there already; name a new folder", out.display()));
+    }
+    crate::engine::mistral::merge(Path::new(&base), &bytes, out)?;
+    println!("{} is ready: serve it with --model {}", out.display(), out.display());
+    Ok(())
+}
+
+#[cfg(not(feature = "mistral"))]
+fn merge(_model: &config::Model, _adapter: &Path, _out: &Path) -> Result<(), String> {
+    Err("this build has no engine; build with the feature `mistral`".into())
 }
 
 fn list() -> Result<(), String> {

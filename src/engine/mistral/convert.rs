@@ -119,7 +119,7 @@ fn remove(path: &Path) -> Result<(), Fault> {
     }
 }
 
-fn at(path: &Path, e: impl std::fmt::Display) -> Fault {
+pub(super) fn at(path: &Path, e: impl std::fmt::Display) -> Fault {
     format!("{}: {e}", path.display())
 }
 

@@ -4,6 +4,7 @@
 //! one: the engine then runs a sequence from start to end, which is both the fastest and what keeps the mirror of its
 //! prefix cache exact.
 
+mod adapter;
 mod convert;
 mod load;
 mod prefix;
@@ -26,6 +27,7 @@ use mistralrs_core::{
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::adapter::merge;
 use self::{
     load::Loaded,
     prefix::PrefixMirror,

@@ -1,6 +1,6 @@
-"""Makes the adapter that the gateway carries out of one that was trained.
+"""Makes the adapter that the gateway merges out of one that was trained.
 
-    python export.py --trained FOLDER --out electron-nano
+    python export.py --trained FOLDER --out FOLDER
 
 The result is an adapter as PEFT reads it, with the scale already in its second matrices, in bfloat16.
 """

@@ -239,8 +239,9 @@ impl Template {
 fn tools_section(tools: &[Tool]) -> String {
     let mut text = String::from("You can call these tools:\n");
     for tool in tools {
-        let parameters = &tool.parameters;
-        text.push_str(&format!("{}({})", tool.name, properties(parameters, parameters, DEEPEST)));
+        let mut parameters = String::new();
+        properties(&tool.parameters, &tool.parameters, DEEPEST, &mut parameters);
+        text.push_str(&format!("{}({parameters})", tool.name));
         if let Some(description) = &tool.description {
             text.push_str(&format!(": {}", one_line(description)));
         }
@@ -253,47 +254,61 @@ fn tools_section(tools: &[Tool]) -> String {
 /// Levels of a schema that are told.
 const DEEPEST: usize = 4;
 
-/// The properties of an object, `order_id: string (The number), detail?: tracking|items`.
-fn properties(schema: &Value, root: &Value, depth: usize) -> String {
+/// Bytes of a signature from which on nothing is opened any more: references to one another make a short schema endless.
+const LONGEST: usize = 4 << 10;
+
+/// Adds the properties of an object, `order_id: string (The number), detail?: tracking|items`.
+fn properties(schema: &Value, root: &Value, depth: usize, out: &mut String) {
     let required = |name: &str| schema["required"].as_array().is_some_and(|names| names.iter().any(|n| n == name));
-    let told = schema["properties"].as_object().into_iter().flatten().map(|(name, property)| {
-        let optional = if required(name) { "" } else { "?" };
-        let about = property["description"].as_str().map(|about| format!(" ({})", one_line(about)));
-        format!("{name}{optional}: {}{}", type_of(property, root, depth), about.unwrap_or_default())
-    });
-    told.collect::<Vec<_>>().join(", ")
+    for (at, (name, property)) in schema["properties"].as_object().into_iter().flatten().enumerate() {
+        out.push_str(if at > 0 { ", " } else { "" });
+        out.push_str(name);
+        out.push_str(if required(name) { ": " } else { "?: " });
+        type_of(property, root, depth, out);
+        if let Some(about) = property["description"].as_str() {
+            out.push_str(&format!(" ({})", one_line(about)));
+        }
+    }
 }
 
-/// What a schema allows, as a type.
-fn type_of(schema: &Value, root: &Value, depth: usize) -> String {
-    let Some(depth) = depth.checked_sub(1) else { return "any".into() };
+/// Adds what a schema allows, as a type.
+fn type_of(schema: &Value, root: &Value, depth: usize, out: &mut String) {
+    let Some(depth) = depth.checked_sub(1).filter(|_| out.len() < LONGEST) else { return out.push_str("any") };
     let bare = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let joined = |schemas: &[Value]| {
-        let types: Vec<String> = schemas.iter().map(|schema| type_of(schema, root, depth)).collect();
-        types.join(" | ")
-    };
+    let listed = |values: &[Value], between| values.iter().map(bare).collect::<Vec<_>>().join(between);
     if let Some(values) = schema["enum"].as_array() {
-        return values.iter().map(bare).collect::<Vec<_>>().join("|");
+        return out.push_str(&listed(values, "|"));
     }
     if let Some(value) = schema.get("const") {
-        return bare(value);
+        return out.push_str(&bare(value));
     }
-    if let Some(target) = schema["$ref"].as_str().and_then(|path| path.strip_prefix('#')) {
-        return root.pointer(target).map_or_else(|| "any".into(), |schema| type_of(schema, root, depth));
+    if let Some(path) = schema["$ref"].as_str() {
+        let target = path.strip_prefix('#').and_then(|path| root.pointer(path));
+        return type_of(target.unwrap_or(&Value::Null), root, depth, out);
     }
     if let Some(schemas) = ["anyOf", "oneOf"].iter().find_map(|key| schema[*key].as_array()) {
-        return joined(schemas);
+        for (at, schema) in schemas.iter().enumerate() {
+            out.push_str(if at > 0 { " | " } else { "" });
+            type_of(schema, root, depth, out);
+        }
+        return;
     }
+    let is_object = schema["type"].is_null() || schema["type"] == "object";
     match &schema["type"] {
-        Value::Array(names) => names.iter().map(bare).collect::<Vec<_>>().join(" | "),
-        Value::String(name) => match name.as_str() {
-            "object" if schema["properties"].is_object() => format!("{{{}}}", properties(schema, root, depth)),
-            "array" if schema["items"].is_object() => format!("[{}]", type_of(&schema["items"], root, depth)),
-            "string" => schema["format"].as_str().unwrap_or("string").to_owned(),
-            name => name.to_owned(),
-        },
-        _ if schema["properties"].is_object() => format!("{{{}}}", properties(schema, root, depth)),
-        _ => "any".into(),
+        _ if is_object && schema["properties"].is_object() => {
+            out.push('{');
+            properties(schema, root, depth, out);
+            out.push('}');
+        }
+        Value::Array(names) => out.push_str(&listed(names, " | ")),
+        Value::String(name) if name == "array" && schema["items"].is_object() => {
+            out.push('[');
+            type_of(&schema["items"], root, depth, out);
+            out.push(']');
+        }
+        Value::String(name) if name == "string" => out.push_str(schema["format"].as_str().unwrap_or("string")),
+        Value::String(name) => out.push_str(name),
+        _ => out.push_str("any"),
     }
 }
 
@@ -377,10 +392,16 @@ mod tests {
     }
 
     #[test]
-    fn a_schema_without_an_end_is_told_up_to_some_level() {
+    fn a_schema_without_an_end_comes_to_one() {
         let parameters = json!({"$defs": {"node": {"properties": {"next": {"$ref": "#/$defs/node"}}}},
             "properties": {"first": {"$ref": "#/$defs/node"}}});
         assert_eq!(section("walk", None, parameters), "walk(first?: {next?: {next?: any}})");
+        let wide: serde_json::Map<String, Value> =
+            (0..2_000).map(|at| (format!("p{at}"), json!({"$ref": "#/$defs/node"}))).collect();
+        let parameters =
+            json!({"$defs": {"node": {"properties": wide}}, "properties": {"first": {"$ref": "#/$defs/node"}}});
+        let length = section("grow", None, parameters).len();
+        assert!((LONGEST..100_000).contains(&length), "{length}");
         let itself = json!({"properties": {"a": {"$ref": "#/properties/a"}}});
         assert_eq!(section("turn", None, itself), "turn(a?: any)");
     }

@@ -255,20 +255,20 @@ fn conversations_become_what_the_model_is_trained_on() {
 }
 
 #[test]
-fn what_is_no_adapter_is_not_merged() {
+fn what_is_no_delta_is_not_merged() {
     run(async {
-        let folder = std::env::temp_dir().join(format!("adapters-{}", std::process::id()));
+        let folder = std::env::temp_dir().join(format!("deltas-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
-        let (file, out) = (folder.join("adapter.safetensors"), folder.join("merged"));
-        let merge = async |adapter: &[u8]| {
-            std::fs::write(&file, adapter).unwrap();
-            outcome(&["model", "merge", "--adapter", file.to_str().unwrap(), "--out", out.to_str().unwrap()]).await
+        let (file, out) = (folder.join("delta.safetensors"), folder.join("merged"));
+        let merge = async |delta: &[u8]| {
+            std::fs::write(&file, delta).unwrap();
+            outcome(&["model", "merge", "--delta", file.to_str().unwrap(), "--out", out.to_str().unwrap()]).await
         };
         let (code, said) = merge(b"garbage").await;
         assert!(code == 1 && said.contains("no safetensors file"), "{said}");
         // A file that is read and holds nothing.
         let (code, said) = merge(b"\x02\0\0\0\0\0\0\0{}").await;
-        assert!(code == 1 && said.contains("lora_A"), "{said}");
+        assert!(code == 1 && said.contains("changes nothing"), "{said}");
         assert!(!out.exists());
         std::fs::remove_dir_all(folder).unwrap();
     });

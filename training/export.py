@@ -1,41 +1,42 @@
-"""Makes the adapter that the gateway merges out of one that was trained.
+"""Makes the delta that the gateway merges: what training changed, in one bit for each weight.
 
-    python export.py --trained FOLDER --out FOLDER
+    python export.py --base FOLDER --trained FILE --out FILE
 
-The result is an adapter as PEFT reads it, with the scale already in its second matrices, in bfloat16.
+Of a matrix it keeps whether each weight grew, and for each row by how much its weights changed in the mean; of a vector
+all. `src/engine/mistral/delta.rs` tells how that is laid out.
 """
 
 import argparse
 import hashlib
-import json
 import pathlib
 
+import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-NAME = "adapter_model.safetensors"
+
+def halves(changes):
+    """Signs, packed, and scales of the changes of a matrix."""
+    signs = numpy.packbits((changes > 0).numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(signs), changes.abs().mean(1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", required=True, type=pathlib.Path)
     parser.add_argument("--trained", required=True, type=pathlib.Path)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     options = parser.parse_args()
-    trained = json.loads((options.trained / "adapter_config.json").read_text())
-    scale = trained["lora_alpha"] / trained["r"]
-    tensors = {}
-    for name, tensor in load_file(options.trained / NAME).items():
-        tensors[name] = (tensor * scale if ".lora_B." in name else tensor).to(torch.bfloat16).contiguous()
-    options.out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, options.out / NAME, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": trained["r"], "lora_alpha": trained["r"],
-        "target_modules": sorted(trained["target_modules"]), "bias": "none",
-        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    }  # fmt: skip
-    (options.out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    made = options.out / NAME
-    print(f"{made}: {made.stat().st_size} bytes, sha256 {hashlib.sha256(made.read_bytes()).hexdigest()}")
+    base, delta = load_file(options.base / "model.safetensors"), {}
+    for name, trained in load_file(options.trained).items():
+        changes = trained - base[name]
+        if changes.ndim == 2:
+            delta[f"{name}.signs"], delta[f"{name}.scales"] = halves(changes)
+        else:
+            delta[f"{name}.change"] = changes
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(delta, options.out)
+    print(f"{options.out}: {options.out.stat().st_size} bytes, {hashlib.sha256(options.out.read_bytes()).hexdigest()}")
 
 
 if __name__ == "__main__":

@@ -417,7 +417,9 @@ def conversations(domains: list, others: list, count: int, seed: int, held_out=F
         lenders = [other for other in others if other is not domain]
         bare = not held_out and rng.random() < 0.07
         talk = Conversation(rng, domain, lenders, held_out, bare)
-        yield talk.make(rng.choices([1, 2, 3], [50, 35, 15])[0])
+        # Held-out conversations are those of callers; those that are learned from say more for each prompt.
+        parts = [50, 35, 15, 0, 0] if held_out else [20, 25, 25, 15, 15]
+        yield talk.make(rng.choices([1, 2, 3, 4, 5], parts)[0])
 
 
 def main():

@@ -46,13 +46,13 @@ pub(super) enum Command {
         #[command(flatten)]
         settings: Settings,
     },
-    /// Merge a low-rank adapter, as PEFT saves it, into a model. What comes of it is a folder that can be served.
+    /// Merge what a model has learned into it. What comes of it is a folder that can be served.
     Merge {
         #[command(flatten)]
         settings: Settings,
-        /// The file `adapter_model.safetensors`, with the scale already in its second matrices.
+        /// The file that `training/export.py` writes.
         #[arg(long, value_name = "FILE")]
-        adapter: PathBuf,
+        delta: PathBuf,
         /// The folder to write.
         #[arg(long, value_name = "FOLDER")]
         out: PathBuf,
@@ -92,7 +92,7 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
         Command::List => list(),
         Command::Inspect { settings } => inspect(&settings.load()?.model).await,
         Command::Render { settings } => render(&load(&settings.load()?.model).await?),
-        Command::Merge { settings, adapter, out } => merge(&settings.load()?.model, &adapter, &out),
+        Command::Merge { settings, delta, out } => merge(&settings.load()?.model, &delta, &out),
     }
 }
 
@@ -171,9 +171,9 @@ fn example(electron: &Electron, line: &str) -> Result<Example, Error> {
 }
 
 #[cfg(feature = "mistral")]
-fn merge(model: &config::Model, adapter: &Path, out: &Path) -> Result<(), String> {
+fn merge(model: &config::Model, delta: &Path, out: &Path) -> Result<(), String> {
     let base = resolve(&model.source)?;
-    let bytes = fs::read(adapter).map_err(|e| format!("{}: {e}", adapter.display()))?;
+    let bytes = fs::read(delta).map_err(|e| format!("{}: {e}", delta.display()))?;
     if out.exists() {
         return Err(format!("{} is there already; name a new folder", out.display()));
     }
@@ -183,7 +183,7 @@ fn merge(model: &config::Model, adapter: &Path, out: &Path) -> Result<(), String
 }
 
 #[cfg(not(feature = "mistral"))]
-fn merge(_model: &config::Model, _adapter: &Path, _out: &Path) -> Result<(), String> {
+fn merge(_model: &config::Model, _delta: &Path, _out: &Path) -> Result<(), String> {
     Err("this build has no engine; build with the feature `mistral`".into())
 }
 

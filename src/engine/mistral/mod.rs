@@ -4,8 +4,8 @@
 //! one: the engine then runs a sequence from start to end, which is both the fastest and what keeps the mirror of its
 //! prefix cache exact.
 
-mod adapter;
 mod convert;
+mod delta;
 mod load;
 mod prefix;
 mod queue;
@@ -27,7 +27,7 @@ use mistralrs_core::{
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use self::adapter::merge;
+pub use self::delta::merge;
 use self::{
     load::Loaded,
     prefix::PrefixMirror,

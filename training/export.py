@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def halves(changes):
+def packed(changes):
     """Signs, packed, and scales of the changes of a matrix."""
     signs = numpy.packbits((changes > 0).numpy(), axis=1, bitorder="little")
     return torch.from_numpy(signs), changes.abs().mean(1)
@@ -31,7 +31,7 @@ def main():
     for name, trained in load_file(options.trained).items():
         changes = trained - base[name]
         if changes.ndim == 2:
-            delta[f"{name}.signs"], delta[f"{name}.scales"] = halves(changes)
+            delta[f"{name}.signs"], delta[f"{name}.scales"] = packed(changes)
         else:
             delta[f"{name}.change"] = changes
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 The base is the folder that `electron-gateway model pull` leaves behind, and the prompts are rendered and tokenized by
 that program, so that what is trained is what is served. Only what the agent says is learned, by all weights but those of
 the embeddings. Memory is given back to the system and asked for again all the time unless it is started with
-`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, which makes it a tenth faster.
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, which makes it some 5 % faster.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def tensors(batch, call):
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention whose backward pass is made of whole products, which takes half the time of PyTorch's own."""
+    """Causal attention whose backward pass is made of whole products, which takes less time than PyTorch's own."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale):

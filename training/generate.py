@@ -17,6 +17,7 @@ import sys
 
 import general
 from domain import Tool, folder, strings
+from invented import invent
 from values import PLACE, Value, draw, places, schema_of
 
 VOICE_ROLES = [
@@ -68,6 +69,10 @@ PARTS = {
     "unclear": 1,
     "absent": 4,
 }
+# The same where something is learned: more of what is hard.
+LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 16}
+# Share of the conversations that are learned from whose business is made up.
+INVENTED = 0.5
 
 
 class Conversation:
@@ -390,7 +395,7 @@ class Conversation:
         self.instruct()
         if self.rng.random() < 0.2:
             self.small(general.GREETINGS)
-        kinds = dict(PARTS)
+        kinds = PARTS if self.strict else LEARNED
         if not self.present:
             kinds = {"fact": 40, "refuse": 25, "absent": 25, "reply": 25}
         for _ in range(parts):
@@ -415,6 +420,10 @@ def conversations(domains: list, others: list, count: int, seed: int, held_out=F
         rng = random.Random(f"{seed}/{number}")
         domain = domains[number % len(domains)]
         lenders = [other for other in others if other is not domain]
+        if not held_out:
+            lenders = [*rng.sample(lenders, 3), *(invent(rng) for _ in range(2))]
+            if rng.random() < INVENTED:
+                domain = invent(rng)
         bare = not held_out and rng.random() < 0.07
         talk = Conversation(rng, domain, lenders, held_out, bare)
         # Held-out conversations are those of callers; those that are learned from say more for each prompt.

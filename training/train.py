@@ -19,14 +19,15 @@ import time
 import torch
 from domain import FOLDER, folder
 from generate import conversations
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Longest conversation in tokens; longer ones are left out.
 LONGEST = 896
-# Share of general questions, which keep the model from forgetting all else.
-GENERAL = 0.1
+# Questions about anything for each conversation. Their answers keep the model from forgetting all else: there it learns to
+# be as sure of each word as the base is.
+GENERAL = 0.5
 # A token of a call counts as much as so many of what is said: there is one right call, and many right words.
 CALL = 2.0
 
@@ -50,7 +51,7 @@ def render(gateway, base, records):
 
 
 def general():
-    """Conversations about anything, answered by the model itself before it was trained."""
+    """Conversations about anything, made up by the model itself before it was trained."""
     path = FOLDER / "general.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -73,7 +74,7 @@ def batches(examples, tokens, rng):
 def tensors(batch, call):
     """Inputs, and for each trained token where it is predicted, what it is, and how much it counts.
 
-    `call` is the token that begins a call.
+    `call` is the token that begins a call. A token of a general answer counts nothing: there the base is what is learned.
     """
     # Kernels are faster at multiples of 32.
     longest = -(-max(len(example["tokens"]) for example in batch) // 32) * 32
@@ -88,7 +89,7 @@ def tensors(batch, call):
             rows += [row] * (end - start)
             columns += range(start - 1, end - 1)
             targets += answer
-            counts += [1.0] * words + [CALL] * (len(answer) - words)
+            counts += [0.0 if example["general"] else 1.0] * words + [CALL] * (len(answer) - words)
     return inputs, (torch.tensor(rows), torch.tensor(columns)), torch.tensor(targets), torch.tensor(counts)
 
 
@@ -145,6 +146,7 @@ def main():
     parser.add_argument("--gateway", required=True)
     parser.add_argument("--base", required=True, type=pathlib.Path)
     parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--from", dest="start", type=pathlib.Path, metavar="FILE", help="weights of an earlier run")
     parser.add_argument("--count", type=int, default=9000, help="conversations, of which --steps may leave some out")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1000)
@@ -159,9 +161,10 @@ def main():
     domains = folder("domains")
     records = list(conversations(domains, domains, options.count, options.seed))
     others = general()
-    records += [{"voice": False, **rng.choice(others)} for _ in range(int(len(records) * GENERAL))] if others else []
-    print(f"rendering {len(records)} conversations of {len(domains)} domains", flush=True)
-    examples = render(options.gateway, options.base, records)
+    others = [{"voice": False, **rng.choice(others)} for _ in range(int(len(records) * GENERAL))] if others else []
+    print(f"rendering {len(records)} conversations and {len(others)} general questions", flush=True)
+    examples = [{**example, "general": False} for example in render(options.gateway, options.base, records)]
+    examples += [{**example, "general": True} for example in render(options.gateway, options.base, others)]
     steps = batches(examples, options.tokens, rng)[: options.steps]
     total = sum(len(example["tokens"]) for batch in steps for example in batch)
     print(f"{sum(map(len, steps))} conversations, {total} tokens, {len(steps)} steps", flush=True)
@@ -169,8 +172,11 @@ def main():
     call = AutoTokenizer.from_pretrained(options.base).convert_tokens_to_ids("<")
     ALL_ATTENTION_FUNCTIONS.register("whole", attention)
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32, attn_implementation="whole")
+    if options.start:
+        model.load_state_dict(load_file(options.start), strict=False)
     model.requires_grad_(False)
     inner, head = model.model, model.lm_head
+    teacher = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16).requires_grad_(False)
     for layer in inner.layers:
         layer.requires_grad_(True)
         layer.compile(dynamic=True)
@@ -182,7 +188,7 @@ def main():
         optimizer,
         lambda step: min(1, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / len(steps)))),
     )
-    began, recent = time.monotonic(), []
+    began, recent, distances = time.monotonic(), [], []
     with (options.out / "loss.jsonl").open("w") as log:
         for step, batch in enumerate(steps, 1):
             inputs, at, targets, counts = tensors(batch, call)
@@ -190,21 +196,34 @@ def main():
                 hidden = inner(input_ids=inputs, use_cache=False).last_hidden_state[at]
                 logits = head(hidden)
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            ((losses * counts).sum() / counts.sum()).backward()
+            loss, kept = (losses * counts).sum(), counts == 0
+            if kept.any():
+                rows, columns = at[0][kept], at[1][kept]
+                some, rows = rows.unique(return_inverse=True)
+                with torch.no_grad():
+                    wanted = teacher.lm_head(teacher.model(inputs[some]).last_hidden_state[rows, columns])
+                wanted = torch.log_softmax(wanted.float(), -1)
+                own = torch.log_softmax(logits[kept].float(), -1)
+                away = torch.nn.functional.kl_div(own, wanted, reduction="sum", log_target=True)
+                loss = loss + away
+                distances.append(away.item() / len(rows))
+            (loss / (counts.sum() + kept.sum())).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-            recent.append(losses.mean().item())
+            recent.append((losses * counts).sum().item() / max(counts.sum().item(), 1.0))
             if step % 20 == 0 or step == len(steps):
                 seconds = time.monotonic() - began
                 mean = sum(recent) / len(recent)
+                distance = sum(distances) / max(1, len(distances))
                 left = seconds / step * (len(steps) - step)
-                log.write(json.dumps({"step": step, "loss": round(mean, 4), "seconds": round(seconds)}) + "\n")
+                told = {"step": step, "loss": round(mean, 4), "distance": round(distance, 4), "seconds": round(seconds)}
+                log.write(json.dumps(told) + "\n")
                 log.flush()
                 pace = f"{seconds / step:.1f} s a step, {left / 60:.0f} min left"
-                print(f"step {step} of {len(steps)}, loss {mean:.4f}, {pace}", flush=True)
-                recent = []
+                print(f"step {step} of {len(steps)}, loss {mean:.4f}, distance {distance:.4f}, {pace}", flush=True)
+                recent, distances = [], []
             if step % options.save_every == 0 or step == len(steps):
                 save(model, options.out / f"step-{step}" / "trained.safetensors")
 

@@ -20,8 +20,10 @@ use crate::{secret::Secret, turn::FillerPolicy};
 pub struct Config {
     /// How the server listens and what it accepts.
     pub server: Server,
-    /// Which model is served and how it runs.
+    /// The model that runs in this process.
     pub model: Model,
+    /// Models on other servers, by the name under which clients ask for them.
+    pub models: BTreeMap<String, Upstream>,
     /// How the model speaks and calls.
     pub electron: Electron,
     /// How long conversations live and how large they may get.
@@ -73,6 +75,8 @@ pub struct Server {
     pub trusted_proxies: Vec<IpNet>,
     /// A folder with a TOML file for each agent.
     pub agents_dir: String,
+    /// The model of callers who name none, such as phones. Empty is the one in this process, or else the first.
+    pub default_model: String,
 }
 
 /// What the tools that the gateway runs may reach.
@@ -106,7 +110,7 @@ pub struct Retell {
     pub allow_addresses: Vec<IpNet>,
 }
 
-/// Which model is served and how it runs.
+/// The model that runs in this process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
@@ -126,6 +130,64 @@ pub struct Model {
     pub prefix_cache: ByteSize,
     /// Tokens that a warm-up computes before it lets a caller go first.
     pub warm_up_step: usize,
+}
+
+/// A model on other servers that speak OpenAI's Chat Completions.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Upstream {
+    /// What runs it. There is one such engine.
+    pub engine: UpstreamEngine,
+    /// Base URLs, such as `http://10.0.0.1:8000/v1`. A conversation stays with one of them while it can.
+    pub urls: Vec<String>,
+    /// How much of the load each of them takes, in their order; 1 where none is said.
+    pub weights: Vec<u32>,
+    /// The model's name there; empty is its name here.
+    pub model: String,
+    /// The key, sent as a bearer token.
+    pub key: Secret,
+    /// More headers of each request.
+    pub headers: BTreeMap<String, Secret>,
+    /// More fields of each request's body; they replace the gateway's own.
+    pub body: Table,
+    /// Longest that connecting may take.
+    #[serde(with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// Longest until the first token; then the next server is asked.
+    #[serde(with = "humantime_serde")]
+    pub first_token_timeout: Duration,
+    /// Longest between two tokens.
+    #[serde(with = "humantime_serde")]
+    pub token_timeout: Duration,
+    /// Longest for the whole answer.
+    #[serde(with = "humantime_serde")]
+    pub request_timeout: Duration,
+    /// Pause between looks at a server that failed; 0 looks never, and a turn finds out.
+    #[serde(with = "humantime_serde")]
+    pub probe_interval: Duration,
+    /// Whether `http://` servers speak HTTP/2 from the first byte on. `https://` finds out by itself.
+    pub http2: bool,
+    /// Whether it calls tools.
+    pub tools: bool,
+    /// Whether it keeps to a JSON schema.
+    pub json_schema: bool,
+    /// Whether it tells log-probabilities.
+    pub logprobs: bool,
+    /// Whether it knows `stream_options` and so tells what a streamed answer costs. Without it, usage is estimated.
+    pub stream_options: bool,
+    /// Tokens that a prompt and its answer may have together.
+    pub context: usize,
+    /// Another model, which answers while none of the servers does.
+    pub fallback: String,
+}
+
+/// What runs a model of `[models]`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UpstreamEngine {
+    /// Other servers.
+    #[default]
+    Upstream,
 }
 
 /// In what form a model's weights are kept in memory.
@@ -249,6 +311,7 @@ impl Default for Server {
             public_url: String::new(),
             trusted_proxies: Vec::new(),
             agents_dir: String::new(),
+            default_model: String::new(),
         }
     }
 }
@@ -264,6 +327,32 @@ impl Default for Model {
             queue: 64,
             prefix_cache: ByteSize::gib(4),
             warm_up_step: 64,
+        }
+    }
+}
+
+impl Default for Upstream {
+    fn default() -> Self {
+        Self {
+            engine: UpstreamEngine::Upstream,
+            urls: Vec::new(),
+            weights: Vec::new(),
+            model: String::new(),
+            key: Secret::default(),
+            headers: BTreeMap::new(),
+            body: Table::new(),
+            connect_timeout: Duration::from_secs(2),
+            first_token_timeout: Duration::from_secs(30),
+            token_timeout: Duration::from_secs(15),
+            request_timeout: Duration::from_secs(300),
+            probe_interval: Duration::from_secs(2),
+            http2: false,
+            tools: true,
+            json_schema: true,
+            logprobs: true,
+            stream_options: true,
+            context: 32_768,
+            fallback: String::new(),
         }
     }
 }
@@ -398,6 +487,7 @@ impl Config {
         if !(16..=4096).contains(&model.warm_up_step) {
             refuse("model.warm_up_step", &model.warm_up_step, "16 to 4096 tokens");
         }
+        self.check_models(&mut refuse);
         let session = &self.session;
         for (name, value, longest) in [
             ("session.resume_window", session.resume_window, 86_400),
@@ -443,6 +533,75 @@ impl Config {
             );
         }
         if faults.is_empty() { Ok(()) } else { Err(ConfigError(faults)) }
+    }
+
+    fn check_models(&self, refuse: &mut impl FnMut(&str, &dyn fmt::Display, &str)) {
+        let known = |name: &str| self.models.contains_key(name) || (self.has_own_model() && name == self.model.name);
+        if !self.has_own_model() && self.models.is_empty() {
+            let allowed = "a model, or none when there is a section [models.NAME]";
+            refuse("model.source", &"\"\"", allowed);
+        }
+        if !self.server.default_model.is_empty() && !known(&self.server.default_model) {
+            refuse("server.default_model", &self.server.default_model, "the name of a model that is served");
+        }
+        for (name, model) in &self.models {
+            let at = |setting: &str| format!("models.{name}.{setting}");
+            if name.is_empty() || name.contains(':') || (self.has_own_model() && *name == self.model.name) {
+                refuse(&format!("models.{name}"), name, "a name without a colon that no other model has");
+            }
+            let http = |url: &String| {
+                let url = url::Url::parse(url).ok();
+                url.is_some_and(|url| matches!(url.scheme(), "http" | "https") && url.query().is_none())
+            };
+            if model.urls.is_empty() || !model.urls.iter().all(http) {
+                refuse(&at("urls"), &model.urls.join(", "), "one or more URLs such as http://10.0.0.1:8000/v1");
+            }
+            if model.weights.len() > model.urls.len() || model.weights.iter().any(|w| !(1..=1_000).contains(w)) {
+                let shown: Vec<String> = model.weights.iter().map(u32::to_string).collect();
+                refuse(&at("weights"), &shown.join(", "), "at most one for each URL, each 1 to 1000");
+            }
+            for (setting, value) in [
+                ("connect_timeout", model.connect_timeout),
+                ("first_token_timeout", model.first_token_timeout),
+                ("token_timeout", model.token_timeout),
+                ("request_timeout", model.request_timeout),
+            ] {
+                if value.is_zero() || value > Duration::from_secs(86_400) {
+                    let shown = humantime_serde::re::humantime::format_duration(value);
+                    refuse(&at(setting), &shown, "more than 0 up to 1 day");
+                }
+            }
+            if !(16..=100_000_000).contains(&model.context) {
+                refuse(&at("context"), &model.context, "16 to 100000000 tokens");
+            }
+            let mut seen = vec![name];
+            let mut next = &model.fallback;
+            while !next.is_empty() {
+                if !known(next) || seen.contains(&next) {
+                    refuse(&at("fallback"), next, "another model that is served, and that does not lead back here");
+                    break;
+                }
+                seen.push(next);
+                next = match self.models.get(next) {
+                    Some(model) => &model.fallback,
+                    None => break,
+                };
+            }
+        }
+    }
+
+    /// Whether a model runs in this process.
+    pub fn has_own_model(&self) -> bool {
+        !self.model.source.is_empty()
+    }
+
+    /// The model of callers who name none.
+    pub fn default_model(&self) -> &str {
+        match self.server.default_model.as_str() {
+            "" if self.has_own_model() => &self.model.name,
+            "" => self.models.keys().next().map_or("", String::as_str),
+            name => name,
+        }
     }
 }
 
@@ -520,6 +679,17 @@ fn unknown(table: &Table, defaults: &Table, prefix: &str, faults: &mut Vec<Strin
         match (value, defaults.get(key)) {
             // Agents are checked where they are read.
             _ if name == "agents" => {}
+            (Value::Table(models), Some(_)) if name == "models" => {
+                let Ok(mut known) = Table::try_from(Upstream::default()) else { continue };
+                for (model, fields) in models {
+                    let Value::Table(fields) = fields else { continue };
+                    // What is in these two is the server's business.
+                    for free in ["headers", "body"] {
+                        known.insert(free.into(), fields.get(free).cloned().unwrap_or(Value::Table(Table::new())));
+                    }
+                    unknown(fields, &known, &format!("models.{model}."), faults);
+                }
+            }
             (_, None) => {
                 let known: Vec<String> = defaults.keys().map(|known| format!("{prefix}{known}")).collect();
                 faults.push(format!("{name}: {}", nearest(&name, &known)));
@@ -564,7 +734,9 @@ fn wrong(table: &Table, defaults: &Table, faults: &mut Vec<String>) {
                 trial.insert(key.clone(), value.clone());
             }
             if let Err(e) = Value::Table(trial).try_into::<Config>() {
-                faults.push(format!("{section}.{key} = {value}: {}", e.message()));
+                // What stands in a table may be secret.
+                let shown = if value.is_table() { String::new() } else { format!(" = {value}") };
+                faults.push(format!("{section}.{key}{shown}: {}", e.message()));
             }
         }
     }
@@ -618,6 +790,14 @@ mod tests {
             ("[model]\nweights = \"q2\"\n", "model.weights", "q2"),
             ("[model]\nslots = 0\n", "model.slots", "0"),
             ("[electron]\nfiller = \"maybe\"\n", "electron.filler", "maybe"),
+            ("[models.a]\n", "models.a.urls", ""),
+            ("[models.a]\nurls = [\"ftp://a\"]\n", "models.a.urls", "ftp://a"),
+            ("[models.a]\nurls = [\"http://a\"]\nweights = [1, 2]\n", "models.a.weights", "1, 2"),
+            ("[models.a]\nurls = [\"http://a\"]\nfallback = \"b\"\n", "models.a.fallback", "b"),
+            ("[models.a]\nurls = [\"http://a\"]\nfallback = \"a\"\n", "models.a.fallback", "a"),
+            ("[models.a]\nulrs = []\n", "models.a.urls", "did you mean"),
+            ("[models.electron]\nurls = [\"http://a\"]\n", "models.electron", "no other model"),
+            ("[server]\ndefault_model = \"x\"\n", "server.default_model", "x"),
         ] {
             let fault = load(text, &[], &[]).unwrap_err();
             assert!(fault.contains(name) && fault.contains(value), "{fault}");

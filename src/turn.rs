@@ -6,13 +6,13 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
 };
 
-use futures::Stream;
+use futures::{Stream, future::BoxFuture};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -37,6 +37,60 @@ pub struct Turn {
     pub filler: FillerPolicy,
     /// The language that the agent speaks, such as `en-US`. Without it the caller's words tell.
     pub language: Option<Arc<str>>,
+    /// Whether the answer is taken as a whole, when it is complete.
+    pub whole: bool,
+}
+
+/// A model as sessions and dialects see it: turns in, events out.
+pub trait Model: Send + Sync + 'static {
+    /// Starts a turn. The stream ends with [`TurnEvent::Finished`] or an error; dropping it stops the generation.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] and [`Error::ContextLength`] for the turn itself, [`Error::Overloaded`] when there is no place.
+    fn turn(self: Arc<Self>, turn: Turn) -> BoxFuture<'static, Result<TurnStream, Error>>;
+
+    /// Computes what a later turn will begin with while the model has nothing better to do. The turn's last message is
+    /// taken as one that will go on: it may be empty. Dropping the future stops the work.
+    ///
+    /// Gives the tokens that are in the prefix cache then, and how many of them were before.
+    ///
+    /// # Errors
+    /// As [`Model::turn`].
+    fn warm(self: Arc<Self>, turn: Turn) -> BoxFuture<'static, Result<Usage, Error>>;
+
+    /// Checks tools before a turn needs them. It may keep its thread busy for some milliseconds.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the tool whose schema cannot be used.
+    fn check_tools(&self, tools: &[Tool]) -> Result<(), Error>;
+
+    /// Tokens that a prompt and its answer may have together.
+    fn context(&self) -> usize;
+
+    /// Whether turns are likely to succeed now.
+    fn readiness(&self) -> Readiness;
+}
+
+impl dyn Model {
+    /// Checks tools on a thread that may be kept busy.
+    ///
+    /// # Errors
+    /// As [`Model::check_tools`].
+    pub async fn check_tools_apart(self: &Arc<Self>, tools: Arc<[Tool]>) -> Result<(), Error> {
+        let model = self.clone();
+        tokio::task::spawn_blocking(move || model.check_tools(&tools))
+            .await
+            .map_err(|e| Error::Internal(e.to_string()))?
+    }
+}
+
+/// Whether a model can take work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// It has answered a first token.
+    Ready,
+    /// Not yet or no longer, and why.
+    NotReady(String),
 }
 
 /// One message of a conversation.
@@ -273,6 +327,16 @@ pub struct Progress {
     prompt: AtomicUsize,
     cached: AtomicUsize,
     completion: AtomicUsize,
+    origin: OnceLock<Origin>,
+}
+
+/// Who answers a turn, where that is another server.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// Its URL.
+    pub server: Arc<str>,
+    /// What it calls the request; empty if it said nothing.
+    pub request_id: String,
 }
 
 // === impl TurnStream ===
@@ -312,6 +376,16 @@ impl Progress {
             cached_tokens: self.cached.load(Ordering::Relaxed),
             completion_tokens: self.completion.load(Ordering::Relaxed),
         }
+    }
+
+    /// Who answers, once that is known.
+    pub fn origin(&self) -> Option<&Origin> {
+        self.origin.get()
+    }
+
+    /// Says who answers.
+    pub fn comes_from(&self, origin: Origin) {
+        let _ = self.origin.set(origin);
     }
 
     /// Replaces the figures.

@@ -9,9 +9,9 @@ use common::run;
 use electron_gateway::{
     command::model,
     config::{Config, Model},
-    engine::{Flow, Generation, Guide, Readiness, TokenEngine, TokenEvent, TokenFinish},
+    engine::{Flow, Generation, Guide, TokenEngine, TokenEvent, TokenFinish},
     error::Error,
-    turn::Sampling,
+    turn::{Readiness, Sampling},
 };
 use llguidance::toktrie::SimpleVob;
 

@@ -12,11 +12,14 @@ use common::{SERVER, VOICE, run};
 use electron_gateway::{
     electron::Electron,
     engine::{
-        ChatTemplate, Flow, Gauges, Generation, ModelInfo, Readiness, Token, TokenEngine, TokenEvent, TokenFinish,
-        Tokens, Vocabulary,
+        ChatTemplate, Flow, Gauges, Generation, ModelInfo, Token, TokenEngine, TokenEvent, TokenFinish, Tokens,
+        Vocabulary,
     },
     error::Error,
-    turn::{FillerPolicy, FinishReason, Message, OutputFormat, Sampling, Tool, ToolCall, ToolChoice, Turn, TurnEvent},
+    turn::{
+        FillerPolicy, FinishReason, Message, Model, OutputFormat, Readiness, Sampling, Tool, ToolCall, ToolChoice,
+        Turn, TurnEvent,
+    },
 };
 use futures::StreamExt;
 use serde_json::json;
@@ -99,6 +102,7 @@ fn turn(filler: FillerPolicy) -> Turn {
         format: OutputFormat::Text,
         filler,
         language: None,
+        whole: false,
     }
 }
 
@@ -112,7 +116,7 @@ const HERMES: &str = "{% for m in messages %}{{ m.content }}{% endfor %}";
 
 /// Text, the calls with their arguments, and why the turn ended.
 async fn events(electron: &Arc<Electron>, turn: Turn) -> (String, Vec<(String, String)>, FinishReason) {
-    let mut stream = electron.turn(turn).await.unwrap();
+    let mut stream = electron.clone().turn(turn).await.unwrap();
     let (mut text, mut calls) = (String::new(), Vec::<(String, String)>::new());
     loop {
         match stream.next().await.unwrap().unwrap() {

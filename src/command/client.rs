@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use crate::{
     dialect::chat_completions,
-    electron::Electron,
     session::Settings,
-    turn::{FillerPolicy, FinishReason, TurnEvent, Usage},
+    turn::{FillerPolicy, FinishReason, Model, TurnEvent, Usage},
 };
 
 /// The server to use, if it is to be one.
@@ -30,7 +29,7 @@ pub(super) enum Target {
     /// A server.
     Server { http: reqwest::Client, url: String, key: String },
     /// A model in this process, without a server in between.
-    Engine(Arc<Electron>),
+    Engine(Arc<dyn Model>),
 }
 
 /// The events of a turn, from wherever they come.
@@ -55,7 +54,7 @@ impl Target {
                     Ok(Settings::new(model, FillerPolicy::Auto))
                 })
                 .map_err(|e| e.to_string())?;
-                let events = electron.turn(request.turn).await.map_err(|e| e.to_string())?;
+                let events = electron.clone().turn(request.turn).await.map_err(|e| e.to_string())?;
                 Ok(Box::pin(events.map(|event| event.map_err(|e| e.to_string()))))
             }
             Self::Server { http, url, key } => {

@@ -46,11 +46,15 @@ async fn serve(config: Config, file: Option<&Path>) -> Result<(), String> {
         }
     };
     let server = tokio::spawn(server::serve(app.clone(), listener, until));
-    let loaded = tokio::select! {
-        loaded = model::load(&config.model) => loaded,
-        () = stop.cancelled() => Err(String::new()),
+    let served = if config.has_own_model() {
+        let loaded = tokio::select! {
+            loaded = model::load(&config.model) => loaded,
+            () = stop.cancelled() => Err(String::new()),
+        };
+        loaded.and_then(|electron| app.serve_model(Arc::new(electron)))
+    } else {
+        app.check_agents()
     };
-    let served = loaded.and_then(|electron| app.serve_model(Arc::new(electron)));
     match served {
         Ok(()) => {
             announce(&config, &app.agent_names(), address, key.as_deref());
@@ -91,7 +95,7 @@ fn signals() -> Result<CancellationToken, String> {
 /// Tells what to type next. Whoever started the server may have closed its output, which is no reason to stop.
 fn announce(config: &Config, agents: &[Arc<str>], address: std::net::SocketAddr, key: Option<&str>) {
     let shown = key.unwrap_or("$ELECTRON_API_KEY");
-    let name = &config.model.name;
+    let name = config.default_model();
     let own = match key {
         Some(key) => format!("The key of this run is {key}; for keys that last, use the command `key create`\n"),
         None => String::new(),
@@ -107,15 +111,17 @@ fn announce(config: &Config, agents: &[Arc<str>], address: std::net::SocketAddr,
         }
         reach.push('\n');
     }
+    let own_model = config.has_own_model().then(|| format!("{} ({})", config.model.name, config.model.source));
+    let remote = config.models.iter().map(|(name, model)| format!("{name} ({})", model.urls.join(", ")));
+    let models = own_model.into_iter().chain(remote).collect::<Vec<_>>().join(", ");
     // However the program was called, it can be called again.
     let program = std::env::args().next().unwrap_or_else(|| "electron-gateway".into());
     let text = format!(
-        "\nServing {name} ({}) on http://{address}\n{own}{reach}\nTry it:\n\n  \
+        "\nServing {models} on http://{address}\n{own}{reach}\nTry it:\n\n  \
          curl http://{address}/v1/chat/completions -H 'Authorization: Bearer {shown}' \\\n    \
          -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\":\"{name}\",\"messages\":[{{\"role\":\"user\",\"content\":\"Say hello.\"}}],\"max_tokens\":40}}'\n\n  \
-         {program} chat --url http://{address} --key {shown}\n\n",
-        config.model.source
+         {program} chat --url http://{address} --key {shown}\n\n"
     );
     let _ = std::io::stdout().write_all(text.as_bytes());
 }

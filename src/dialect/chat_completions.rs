@@ -23,15 +23,14 @@ use super::{
     fields::{Faults, Fields, kind},
 };
 use crate::{
-    electron::Electron,
     error::Error,
     session::{
         Content, Delivery, Event, History, Item, OnLeave, Outcome, Outlet, Respond, Role, Sessions, Settings, Status,
         history::Bounds, new_id,
     },
     turn::{
-        FinishReason, Message, OutputFormat, Sampling, TokenLogprob, Tool, ToolCall, ToolChoice, Turn, TurnEvent,
-        TurnStream, Usage,
+        FinishReason, Message, Model, OutputFormat, Sampling, TokenLogprob, Tool, ToolCall, ToolChoice, Turn,
+        TurnEvent, TurnStream, Usage,
     },
 };
 
@@ -108,7 +107,8 @@ pub fn parse(
     }
     let (tools, filler) = (tools.into(), settings.filler);
     let language = None;
-    let turn = Turn { messages, tools, tool_choice, parallel_tool_calls, sampling, format, filler, language };
+    let whole = !stream;
+    let turn = Turn { messages, tools, tool_choice, parallel_tool_calls, sampling, format, filler, language, whole };
     faults.or(Request { model, turn, settings, stream, include_usage })
 }
 
@@ -428,7 +428,7 @@ const DELIVERIES: usize = 32;
 /// What the turn fails with before its first event.
 pub async fn agent_turn(
     request: &mut Request,
-    electron: Arc<Electron>,
+    electron: Arc<dyn Model>,
     access: &dyn Access,
     sessions: &Sessions,
     bounds: Bounds,
@@ -621,16 +621,6 @@ struct AnswerFunction {
 }
 
 #[derive(Serialize)]
-struct Chunk<'a> {
-    #[serde(flatten)]
-    head: &'a Head,
-    choices: &'a [ChunkChoice<'a>],
-    /// Absent unless usage was asked for, and then null but for the last chunk.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<UsageFigures>>,
-}
-
-#[derive(Serialize)]
 struct ChunkChoice<'a> {
     index: u32,
     delta: Delta<'a>,
@@ -778,7 +768,8 @@ async fn whole(
 
 /// Renders a turn as server-sent events, each the moment that it comes.
 struct Sse {
-    head: Head,
+    /// What all chunks begin with.
+    opening: Vec<u8>,
     include_usage: bool,
     wants_logprobs: bool,
     /// Whether the first chunk, which names the role, was sent.
@@ -786,9 +777,18 @@ struct Sse {
 }
 
 impl Sse {
+    fn new(head: &Head, include_usage: bool, wants_logprobs: bool) -> Self {
+        let mut opening = b"data: ".to_vec();
+        // These types hold nothing that cannot be written as JSON.
+        let _ = serde_json::to_writer(&mut opening, head);
+        // The object goes on.
+        opening.pop();
+        Self { opening, include_usage, wants_logprobs, begun: false }
+    }
+
     /// The text of an event's chunks.
-    fn render(&mut self, event: TurnEvent) -> String {
-        let mut out = String::with_capacity(320);
+    fn render(&mut self, event: TurnEvent) -> Vec<u8> {
+        let mut out = Vec::with_capacity(320);
         if !self.begun {
             self.begun = true;
             let delta = Delta { role: Some("assistant"), content: Some(""), tool_calls: None };
@@ -815,24 +815,29 @@ impl Sse {
             TurnEvent::Finished { reason, usage } => {
                 self.chunk(&mut out, Delta::default(), None, Some(*reason));
                 if self.include_usage {
-                    self.write(&mut out, &Chunk { head: &self.head, choices: &[], usage: Some(Some((*usage).into())) });
+                    self.write(&mut out, &[], Some((*usage).into()));
                 }
-                out.push_str("data: [DONE]\n\n");
+                out.extend_from_slice(b"data: [DONE]\n\n");
             }
         }
         out
     }
 
-    fn chunk(&self, out: &mut String, delta: Delta<'_>, logprobs: Option<Logprobs>, reason: Option<FinishReason>) {
-        let choices = [ChunkChoice { index: 0, delta, logprobs, finish_reason: reason.map(FinishReason::as_str) }];
-        self.write(out, &Chunk { head: &self.head, choices: &choices, usage: self.include_usage.then_some(None) });
+    fn chunk(&self, out: &mut Vec<u8>, delta: Delta<'_>, logprobs: Option<Logprobs>, reason: Option<FinishReason>) {
+        let choice = ChunkChoice { index: 0, delta, logprobs, finish_reason: reason.map(FinishReason::as_str) };
+        self.write(out, &[choice], None);
     }
 
-    fn write(&self, out: &mut String, chunk: &impl Serialize) {
-        out.push_str("data: ");
-        // These types hold nothing that cannot be written as JSON.
-        out.push_str(&serde_json::to_string(chunk).unwrap_or_default());
-        out.push_str("\n\n");
+    fn write(&self, out: &mut Vec<u8>, choices: &[ChunkChoice<'_>], usage: Option<UsageFigures>) {
+        out.extend_from_slice(&self.opening);
+        out.extend_from_slice(b",\"choices\":");
+        let _ = serde_json::to_writer(&mut *out, choices);
+        // Absent unless it was asked for, and then null but for the last chunk.
+        if self.include_usage {
+            out.extend_from_slice(b",\"usage\":");
+            let _ = serde_json::to_writer(&mut *out, &usage);
+        }
+        out.extend_from_slice(b"}\n\n");
     }
 }
 
@@ -888,30 +893,27 @@ pub async fn answer(mut answering: Answering) -> Result<Response<Body>, Error> {
 
 fn sse(answering: Answering, first: TurnEvent) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
     let Answering { events, model, include_usage, wants_logprobs, request_id, deadline, .. } = answering;
-    let render = Sse { head: Head::new("chat.completion.chunk", &model), include_usage, wants_logprobs, begun: false };
-    let state = (render, events, Some(Ok(first)), false);
-    stream::unfold(state, move |(mut render, mut events, ready, over)| {
-        let request_id = request_id.clone();
-        async move {
-            if over {
-                return None;
-            }
-            let event = match ready {
-                Some(event) => event,
-                None => next(&mut events, deadline).await,
-            };
-            let (text, over) = match event {
-                Ok(event) => {
-                    let over = matches!(event, TurnEvent::Finished { .. });
-                    (render.render(event), over)
-                }
-                Err(e) => {
-                    let body = serde_json::to_string(&e.body(&request_id)).unwrap_or_default();
-                    (format!("data: {body}\n\n"), true)
-                }
-            };
-            Some((Ok(Bytes::from(text)), (render, events, None, over)))
+    let render = Sse::new(&Head::new("chat.completion.chunk", &model), include_usage, wants_logprobs);
+    let state = (render, events, Some(Ok(first)), request_id, false);
+    stream::unfold(state, move |(mut render, mut events, ready, request_id, over)| async move {
+        if over {
+            return None;
         }
+        let event = match ready {
+            Some(event) => event,
+            None => next(&mut events, deadline).await,
+        };
+        let (text, over) = match event {
+            Ok(event) => {
+                let over = matches!(event, TurnEvent::Finished { .. });
+                (render.render(event), over)
+            }
+            Err(e) => {
+                let body = serde_json::to_string(&e.body(&request_id)).unwrap_or_default();
+                (format!("data: {body}\n\n").into_bytes(), true)
+            }
+        };
+        Some((Ok(Bytes::from(text)), (render, events, None, request_id, over)))
     })
 }
 

@@ -17,11 +17,10 @@ use serde_json::{Map, Value};
 
 use self::fields::{Faults, Fields, kind};
 use crate::{
-    electron::Electron,
     error::{Error, PathPart},
     session::{Owner, Settings, Watch},
     tool::guard::Guard,
-    turn::{Phrase, Tool},
+    turn::{Model, Phrase, Tool},
 };
 
 /// What a connection may do, asked each time. The server knows the answers.
@@ -33,7 +32,7 @@ pub trait Access: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`Error::ModelNotFound`], [`Error::Forbidden`] for this key, [`Error::Overloaded`] while it is being loaded.
-    fn model(&self, name: &str) -> Result<Arc<Electron>, Error>;
+    fn model(&self, name: &str) -> Result<Arc<dyn Model>, Error>;
 
     /// What a turn is made with where a request says nothing: for `MODEL:AGENT` what the agent's definition comes to with
     /// these variables.

@@ -25,14 +25,13 @@ use super::{
     socket::{Flow, Frames, Protocol, TAKEN_OVER},
 };
 use crate::{
-    electron::Electron,
     error::{Error, Fault, PathPart},
     session::{
         Action, Attached, Content, Delivery, Event, Handle, Heard, History, Id, Item, OnLeave, Outcome, Outlet, Place,
         Respond, Response, Run, RunState, Sessions, Settings, Spoken, Status, history::Bounds, new_id, response::At,
     },
     tool::guard::Guard,
-    turn::ToolChoice,
+    turn::{Model, ToolChoice},
 };
 
 /// Events on their way from the session to the connection.
@@ -475,7 +474,7 @@ pub struct Opening {
 /// A connection to a session.
 pub struct Connection {
     access: Arc<dyn Access>,
-    electron: Arc<Electron>,
+    electron: Arc<dyn Model>,
     session: Handle,
     conversation: String,
     deliveries: mpsc::Receiver<Delivery>,
@@ -551,7 +550,7 @@ impl Connection {
                     return Err(Error::invalid("session", "session is required"));
                 };
                 let settings = Arc::new(settings(given, &self.settings, self.access.guard(), "session")?);
-                self.electron.check_tools(settings.tools.clone()).await.map_err(in_session)?;
+                self.electron.check_tools_apart(settings.tools.clone()).await.map_err(in_session)?;
                 self.settings = settings.clone();
                 Some(Action::Configure(settings))
             }

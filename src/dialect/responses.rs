@@ -36,7 +36,7 @@ use crate::{
         Action, Base, Content, Delivery, Event, Handle, Heard, Id, Item, OnLeave, Outcome, Outlet, Respond, Response,
         Role, Sessions, Settings, Spoken, new_id, response::At,
     },
-    turn::{OutputFormat, Sampling, TokenLogprob},
+    turn::{Model, OutputFormat, Sampling, TokenLogprob},
 };
 
 /// Most items of a request's input.
@@ -776,7 +776,7 @@ impl Connection {
         &mut self,
         tag: u32,
         made_in: Option<Handle>,
-        electron: Arc<crate::electron::Electron>,
+        electron: Arc<dyn Model>,
         settings: &Settings,
     ) -> Result<Handle, Error> {
         let own = self.lanes.get(&tag).and_then(|lane| lane.session.clone());

@@ -13,13 +13,15 @@ pub mod form;
 pub mod grammar;
 pub mod language;
 pub mod parser;
+mod remote;
 pub mod template;
 
 use std::{collections::VecDeque, ops::Range, sync::Arc, time::Instant};
 
-use futures::stream;
+use futures::{FutureExt, future::BoxFuture, stream};
 use uuid::Uuid;
 
+pub use self::remote::{Fallback, Remote};
 use self::{
     filler::{Phrases, Place},
     grammar::Grammars,
@@ -28,15 +30,15 @@ use self::{
     template::Template,
 };
 use crate::{
-    engine::{Generation, ModelInfo, Readiness, TokenEngine, TokenEvent, TokenFinish, Tokens},
+    engine::{Generation, ModelInfo, TokenEngine, TokenEvent, TokenFinish, Tokens},
     error::Error,
     turn::{
-        FillerPolicy, FinishReason, Message, OutputFormat, Phrase, Progress, TokenLogprob, Tool, Turn, TurnEvent,
-        TurnStream, Usage,
+        FillerPolicy, FinishReason, Message, Model, OutputFormat, Phrase, Progress, Readiness, TokenLogprob, Tool,
+        Turn, TurnEvent, TurnStream, Usage,
     },
 };
 
-/// A model as dialects see it: turns in, events out.
+/// A model in this process, with its template and its grammars.
 pub struct Electron {
     engine: Arc<dyn TokenEngine>,
     template: Template,
@@ -83,21 +85,12 @@ impl Electron {
         (self.template.form(), self.template.knows_tools())
     }
 
-    /// Whether turns are likely to succeed now.
-    pub fn readiness(&self) -> Readiness {
-        self.engine.readiness()
-    }
-
     /// The engine, for its figures.
     pub fn engine(&self) -> &Arc<dyn TokenEngine> {
         &self.engine
     }
 
-    /// Starts a turn. The stream ends with [`TurnEvent::Finished`] or an error; dropping it stops the generation.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] and [`Error::ContextLength`] for the turn itself, [`Error::Overloaded`] when there is no place.
-    pub async fn turn(self: &Arc<Self>, turn: Turn) -> Result<TurnStream, Error> {
+    async fn speak(self: Arc<Self>, turn: Turn) -> Result<TurnStream, Error> {
         let electron = self.clone();
         // Templates, tokenizing and grammars take milliseconds, which other connections should not wait for.
         let prepared = tokio::task::spawn_blocking(move || electron.prepare(&turn))
@@ -111,14 +104,7 @@ impl Electron {
         Ok(TurnStream::new(events, progress))
     }
 
-    /// Computes what a later turn will begin with while the model has nothing better to do. The turn's last message is
-    /// taken as one that will go on: it may be empty. Dropping the future stops the work.
-    ///
-    /// Gives the tokens that are in the prefix cache then, and how many of them were before.
-    ///
-    /// # Errors
-    /// As [`Electron::turn`].
-    pub async fn warm(self: &Arc<Self>, turn: Turn) -> Result<Usage, Error> {
+    async fn read_ahead(self: Arc<Self>, turn: Turn) -> Result<Usage, Error> {
         let electron = self.clone();
         let prepare = move || {
             let rendered = electron.template.render_open(turn.messages, &turn.tools)?;
@@ -144,25 +130,6 @@ impl Electron {
             }
         }
         Ok(usage)
-    }
-
-    /// Checks tools before a turn needs them.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`], naming the tool whose schema cannot be used.
-    pub async fn check_tools(self: &Arc<Self>, tools: Arc<[Tool]>) -> Result<(), Error> {
-        let electron = self.clone();
-        tokio::task::spawn_blocking(move || electron.check_tools_here(&tools))
-            .await
-            .map_err(|e| Error::Internal(e.to_string()))?
-    }
-
-    /// The same, on a thread that may be kept busy for some milliseconds.
-    ///
-    /// # Errors
-    /// As [`Electron::check_tools`].
-    pub fn check_tools_here(&self, tools: &[Tool]) -> Result<(), Error> {
-        self.grammars.check_tools(tools)
     }
 
     /// The prompt of a turn as text.
@@ -244,6 +211,28 @@ impl Electron {
             over: false,
         };
         Ok(Prepared { generation: Generation { prompt, sampling, max_tokens, guide: Box::new(plan.guide) }, reader })
+    }
+}
+
+impl Model for Electron {
+    fn turn(self: Arc<Self>, turn: Turn) -> BoxFuture<'static, Result<TurnStream, Error>> {
+        self.speak(turn).boxed()
+    }
+
+    fn warm(self: Arc<Self>, turn: Turn) -> BoxFuture<'static, Result<Usage, Error>> {
+        self.read_ahead(turn).boxed()
+    }
+
+    fn check_tools(&self, tools: &[Tool]) -> Result<(), Error> {
+        self.grammars.check_tools(tools)
+    }
+
+    fn context(&self) -> usize {
+        self.model().context
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.engine.readiness()
     }
 }
 

@@ -3,9 +3,12 @@
 //! An engine in this process continues a prompt of tokens ([`TokenEngine`]): it knows nothing of tools, fillers or
 //! wire formats. What is special about a turn reaches it as a [`Guide`], which narrows each step to the tokens that may
 //! come next. The Electron layer turns the tokens that come back into [`crate::turn::TurnEvent`]s.
+//!
+//! An engine on other servers ([`upstream`]) takes turns as they are.
 
 #[cfg(feature = "mistral")]
 pub mod mistral;
+pub mod upstream;
 
 use std::{
     sync::Arc,
@@ -17,7 +20,10 @@ use tokenizers::Tokenizer;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::{error::Error, turn::Sampling};
+use crate::{
+    error::Error,
+    turn::{Readiness, Sampling},
+};
 
 /// A model that continues a prompt of tokens.
 pub trait TokenEngine: Send + Sync + 'static {
@@ -168,15 +174,6 @@ pub enum TokenFinish {
 pub struct Tokens {
     events: mpsc::Receiver<Result<TokenEvent, Error>>,
     cancel: CancellationToken,
-}
-
-/// Whether an engine can take work.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Readiness {
-    /// The model has answered a first token.
-    Ready,
-    /// Not yet or no longer, and why.
-    NotReady(String),
 }
 
 /// Figures of an engine for the metrics page.

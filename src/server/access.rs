@@ -11,10 +11,10 @@ use super::{
 };
 use crate::{
     dialect::Access,
-    electron::Electron,
     error::Error,
     session::{Owner, Settings, Watch},
     tool::{Control, guard::Guard},
+    turn::Model,
 };
 
 /// A caller on a connection.
@@ -54,9 +54,9 @@ impl Access for Granted {
         &self.owner
     }
 
-    fn model(&self, name: &str) -> Result<Arc<Electron>, Error> {
+    fn model(&self, name: &str) -> Result<Arc<dyn Model>, Error> {
         if self.agent.is_some() {
-            return self.app.model(&self.app.config.model.name, &self.caller);
+            return self.app.model(self.app.config.default_model(), &self.caller);
         }
         let (model, agent) = split(name);
         if agent.is_some_and(|agent| self.app.agents.get(agent).is_none()) {

@@ -73,7 +73,7 @@ impl App {
         })?;
         let path = PathAgent(name.into());
         let access = Granted::new(self.clone(), caller, observed, request_id).of(dialect, Some(path));
-        let model = format!("{}:{name}", self.config.model.name);
+        let model = format!("{}:{name}", self.config.default_model());
         Ok(Opening { access: Arc::new(access), sessions: self.sessions.clone(), agent: name.into(), model })
     }
 }

@@ -11,7 +11,7 @@ use axum::{
 use serde_json::json;
 
 use super::App;
-use crate::engine::Readiness;
+use crate::turn::Readiness;
 
 /// The process runs.
 pub(super) async fn live() -> impl IntoResponse {
@@ -30,7 +30,14 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
 
 /// Prometheus' text format.
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
-    if let Some(electron) = app.electron.get() {
+    for (model, remote) in &app.remotes {
+        for (server, good, open) in remote.upstreams().figures() {
+            let labels = [("model", model.clone()), ("server", server.to_owned())];
+            metrics::gauge!("electron_upstream_up", &labels).set(if good { 1.0 } else { 0.0 });
+            metrics::gauge!("electron_upstream_running", &labels).set(open as f64);
+        }
+    }
+    if let Some(electron) = app.own.get() {
         let gauges = electron.engine().gauges();
         metrics::gauge!("electron_queue_length").set(gauges.queued as f64);
         metrics::gauge!("electron_running").set(gauges.running as f64);

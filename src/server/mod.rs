@@ -9,6 +9,7 @@ mod sessions;
 pub mod telemetry;
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -58,12 +59,12 @@ use crate::{
         chat_completions::{self, Answering},
         socket,
     },
-    electron::Electron,
-    engine::{RETRY_AFTER, Readiness},
+    electron::{Electron, Fallback, Remote},
+    engine::{RETRY_AFTER, upstream::Upstreams},
     error::Error,
     session::{Limits, Sessions, store::Memory},
     tool::{Control, Tools, guard::Guard},
-    turn::FillerPolicy,
+    turn::{FillerPolicy, Model, Readiness},
 };
 
 /// The public contract of all HTTP routes.
@@ -78,8 +79,10 @@ pub struct App {
     agents: Arc<Agents>,
     tools: Arc<Tools>,
     public_url: String,
-    /// Set once the model is loaded.
-    electron: OnceLock<Arc<Electron>>,
+    /// The model in this process, once it is loaded.
+    own: Own,
+    /// Models on other servers, by name.
+    remotes: BTreeMap<String, Arc<Remote>>,
     sessions: Arc<Sessions>,
     limits: Limits,
     /// Cancelled when the server is told to stop.
@@ -89,6 +92,9 @@ pub struct App {
     metrics: metrics_exporter_prometheus::PrometheusHandle,
     started: u64,
 }
+
+/// A model in this process; other models may answer with it, so they hold it too.
+type Own = Arc<OnceLock<Arc<Electron>>>;
 
 /// A connection's place among those that the server may have. Whatever the connection becomes holds it.
 #[derive(Clone)]
@@ -107,7 +113,7 @@ impl App {
     /// listens, and `extra_key` a key in the clear that is accepted besides the configured ones.
     ///
     /// # Errors
-    /// A text for the operator that says what is wrong with the agents.
+    /// A text for the operator that says what is wrong with the agents or with a model on other servers.
     pub fn new(
         config: Config,
         file: Option<&Path>,
@@ -125,6 +131,8 @@ impl App {
         let agents = Arc::new(load_agents(&config, file, tools.guard().clone())?);
         let store = Arc::new(Memory::new(config.session.max_stored));
         let sessions = Sessions::new(limits, store, tools.clone());
+        let own = Own::default();
+        let remotes = remotes(&config, &own)?;
         let stop = CancellationToken::new();
         tokio::spawn(agents.clone().watch(stop.clone()));
         Ok(Arc::new(Self {
@@ -133,7 +141,8 @@ impl App {
             agents,
             tools,
             public_url,
-            electron: OnceLock::new(),
+            own,
+            remotes,
             sessions,
             limits,
             stop,
@@ -143,26 +152,34 @@ impl App {
         }))
     }
 
-    /// Starts to serve this model.
+    /// Starts to serve the model in this process.
+    ///
+    /// # Errors
+    /// As [`App::check_agents`].
+    pub fn serve_model(&self, electron: Arc<Electron>) -> Result<(), String> {
+        let _ = self.own.set(electron);
+        self.check_agents()
+    }
+
+    /// Sees to it that agents, as they are now and as they will be, have tools that the default model can call.
     ///
     /// # Errors
     /// A text for the operator, when an agent's tools cannot be used with it.
-    pub fn serve_model(&self, electron: Arc<Electron>) -> Result<(), String> {
-        let own = electron.clone();
-        let name = self.config.model.name.clone();
+    pub fn check_agents(&self) -> Result<(), String> {
+        let name = self.config.default_model().to_owned();
+        let model = self.any_model(&name).map_err(|e| e.to_string())?;
         self.agents.set_check(Box::new(move |agent| {
             let settings = agent.settings(&name, FillerPolicy::Auto, &Default::default(), &Control::ALL, true);
             let tools = settings.persona.as_ref().map_or(&[][..], |persona| &persona.kit.tools);
-            own.check_tools_here(tools).map_err(|e| e.to_string())
-        }))?;
-        let _ = self.electron.set(electron);
-        Ok(())
+            model.check_tools(tools).map_err(|e| e.to_string())
+        }))
     }
 
+    /// Whether the model of callers who name none is ready.
     fn readiness(&self) -> Readiness {
-        match self.electron.get() {
-            Some(electron) => electron.readiness(),
-            None => Readiness::NotReady("the model is being loaded".into()),
+        match self.any_model(self.config.default_model()) {
+            Ok(model) => model.readiness(),
+            Err(e) => Readiness::NotReady(e.to_string()),
         }
     }
 
@@ -171,28 +188,65 @@ impl App {
         self.agents.names()
     }
 
-    /// What a caller can name as a model: the model, and the model as each of the agents.
+    /// What a caller can name as a model: the models, and each as each of the agents.
     fn model_names(&self, caller: &Caller) -> Vec<String> {
-        let model = &self.config.model.name;
-        if caller.check_model(model).is_err() {
-            return Vec::new();
-        }
+        let own = self.config.has_own_model().then_some(&self.config.model.name);
+        let models = own.into_iter().chain(self.remotes.keys()).filter(|model| caller.check_model(model).is_ok());
         let agents = self.agents.names();
-        std::iter::once(model.clone()).chain(agents.iter().map(|agent| format!("{model}:{agent}"))).collect()
+        models
+            .flat_map(|model| {
+                std::iter::once(model.clone()).chain(agents.iter().map(move |agent| format!("{model}:{agent}")))
+            })
+            .collect()
     }
 
-    /// The model of this name.
-    fn model(&self, name: &str, caller: &Caller) -> Result<Arc<Electron>, Error> {
-        if name != self.config.model.name {
-            return Err(Error::ModelNotFound(name.to_owned()));
+    /// The model of this name, for a caller who may use it.
+    fn model(&self, name: &str, caller: &Caller) -> Result<Arc<dyn Model>, Error> {
+        let model = self.any_model(name);
+        if matches!(model, Err(Error::ModelNotFound(_))) {
+            return model;
         }
         caller.check_model(name)?;
-        let electron = self.electron.get().ok_or_else(|| Error::Overloaded {
+        model
+    }
+
+    fn any_model(&self, name: &str) -> Result<Arc<dyn Model>, Error> {
+        if let Some(remote) = self.remotes.get(name) {
+            return Ok(remote.clone());
+        }
+        if !self.config.has_own_model() || name != self.config.model.name {
+            return Err(Error::ModelNotFound(name.to_owned()));
+        }
+        let own = self.own.get().ok_or_else(|| Error::Overloaded {
             message: "The model is still being loaded. Try again in a moment.".into(),
             retry_after: RETRY_AFTER,
         })?;
-        Ok(electron.clone())
+        Ok(own.clone())
     }
+}
+
+/// The models on other servers, each with what answers in its place.
+///
+/// # Errors
+/// A text for the operator that says which setting is wrong.
+fn remotes(config: &Config, own: &Own) -> Result<BTreeMap<String, Arc<Remote>>, String> {
+    let mut made = BTreeMap::<String, Arc<Remote>>::new();
+    // One that another falls back to comes before it; the settings have been checked for circles.
+    while let Some((name, settings)) = config.models.iter().find(|(name, settings)| {
+        let other = &settings.fallback;
+        !made.contains_key(*name) && (!config.models.contains_key(other) || made.contains_key(other))
+    }) {
+        let fallback: Option<Fallback> = match made.get(&settings.fallback).cloned() {
+            Some(other) => Some(Box::new(move || Some(other.clone()))),
+            None if settings.fallback.is_empty() => None,
+            None => {
+                let own = own.clone();
+                Some(Box::new(move || own.get().map(|own| own.clone() as Arc<dyn Model>)))
+            }
+        };
+        made.insert(name.clone(), Arc::new(Remote::new(Upstreams::new(name, settings.clone())?, fallback)));
+    }
+    Ok(made)
 }
 
 /// The agents of the settings and of their folder.

@@ -240,6 +240,8 @@ impl Drop for Watched {
     fn drop(&mut self) {
         let turn = self.turn.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Usage { prompt_tokens, cached_tokens, completion_tokens } = turn.usage();
+        let progress = turn.progress();
+        let origin = progress.origin();
         let reason = self.ended.unwrap_or(FinishReason::Cancelled);
         let told = if reason == FinishReason::Cancelled { "cancelled" } else { reason.as_str() };
         metrics::counter!("electron_prompt_tokens_total").increment(prompt_tokens as u64);
@@ -264,6 +266,8 @@ impl Drop for Watched {
             first_ms = self.first.map(|first| first.as_millis() as u64),
             ms = self.started.elapsed().as_millis() as u64,
             reason = told,
+            upstream = origin.map(|origin| &*origin.server),
+            upstream_request_id = origin.map(|origin| &*origin.request_id).filter(|id| !id.is_empty()),
             "turn ended"
         );
     }

@@ -154,7 +154,7 @@ pub(super) async fn connect_realtime(
     let settings = match secret {
         Some(settings) => settings,
         None => {
-            let model = params.remove("model").unwrap_or_else(|| app.config.model.name.clone());
+            let model = params.remove("model").unwrap_or_else(|| app.config.default_model().to_owned());
             // What else stands in the URL is known of the call.
             let known = |(name, _): &(&String, &String)| !["session_id", "last_event_id"].contains(&name.as_str());
             let variables = params.iter().filter(known).map(|(name, value)| (name.clone(), value.as_str().into()));
@@ -183,7 +183,7 @@ pub(super) async fn client_secret(
         return Err(Error::Invalid(vec![Fault::new([], "The body has to be an object.")]));
     };
     let session = body.remove("session").filter(|value| !value.is_null()).unwrap_or_else(|| json!({}));
-    let model = session.get("model").and_then(Value::as_str).unwrap_or(&app.config.model.name).to_owned();
+    let model = session.get("model").and_then(Value::as_str).unwrap_or(app.config.default_model()).to_owned();
     let electron = access.model(&model).map_err(|e| match e {
         Error::ModelNotFound(_) => Error::invalid("model", e.to_string()).under(&["session".into()]),
         other => other,
@@ -191,7 +191,7 @@ pub(super) async fn client_secret(
     let variables = session.get("metadata").and_then(Value::as_object).cloned().unwrap_or_default();
     let settings = access.settings(&model, &variables)?;
     let settings = realtime::settings(&session, &settings, access.guard(), "session")?;
-    electron.check_tools(settings.tools.clone()).await.map_err(realtime::in_session)?;
+    electron.check_tools_apart(settings.tools.clone()).await.map_err(realtime::in_session)?;
     let seconds = match body.get("expires_after").filter(|value| !value.is_null()) {
         None => 600,
         Some(expiry) => whole(&expiry["seconds"]).filter(|seconds| (10..=7200).contains(seconds)).ok_or_else(|| {

@@ -50,12 +50,12 @@ use super::{
 };
 use crate::{
     electron::{
-        self, Electron,
+        self,
         filler::{self, Phrases},
     },
     error::Error,
     tool::{By, Call, Failure, OnInterrupt, Tools, mcp::Server},
-    turn::{FinishReason, Message, Progress, Tool, ToolChoice, Turn, TurnEvent, TurnStream, Usage},
+    turn::{FinishReason, Message, Model, Progress, Tool, ToolChoice, Turn, TurnEvent, TurnStream, Usage},
 };
 
 /// Most responses at once: the conversation's own and others beside it.
@@ -73,7 +73,7 @@ const LETTERS_PER_SECOND: u64 = 15;
 
 pub(super) struct Actor {
     sessions: Weak<Sessions>,
-    electron: Arc<Electron>,
+    electron: Arc<dyn Model>,
     handle: Handle,
     limits: Limits,
     settings: Arc<Settings>,
@@ -238,7 +238,7 @@ enum Wake {
 impl Actor {
     pub(super) fn new(
         (sessions, tools): (Weak<Sessions>, Arc<Tools>),
-        electron: Arc<Electron>,
+        electron: Arc<dyn Model>,
         handle: Handle,
         settings: Settings,
         on_leave: OnLeave,
@@ -1298,7 +1298,7 @@ fn spoken_by(text: &str, ms: u64) -> &str {
 
 /// Runs a turn on what a conversation adds up to.
 fn steps(
-    electron: Arc<Electron>,
+    electron: Arc<dyn Model>,
     settings: Arc<Settings>,
     tools: Arc<[Tool]>,
     view: View,
@@ -1306,7 +1306,7 @@ fn steps(
     timeout: Duration,
 ) -> Pin<Box<dyn Stream<Item = Step> + Send>> {
     enum At {
-        Start(Arc<Electron>, Arc<Settings>, Arc<[Tool]>, View, Watch),
+        Start(Arc<dyn Model>, Arc<Settings>, Arc<[Tool]>, View, Watch),
         Run(TurnStream),
         Over,
     }
@@ -1339,18 +1339,18 @@ fn steps(
 /// Starts a turn. When the conversation leaves too little of the model's context, its oldest exchanges make room: more of
 /// them than this turn needs, since what follows a gap has to be computed anew each time that there is one.
 async fn start(
-    electron: &Arc<Electron>,
+    electron: &Arc<dyn Model>,
     settings: &Settings,
     tools: &Arc<[Tool]>,
     mut view: View,
 ) -> Result<(TurnStream, Vec<Id>), Error> {
-    let context = electron.model().context;
+    let context = electron.context();
     // Without a limit of the client's, an answer gets a quarter of the context.
     let most_tokens = (context / 4).clamp(1, 4096);
     let room = settings.sampling.max_tokens.unwrap_or(most_tokens);
     let mut trimmed = Vec::new();
     loop {
-        let prompt = match electron.turn(settings.turn(tools, view.messages(), most_tokens)).await {
+        let prompt = match electron.clone().turn(settings.turn(tools, view.messages(), most_tokens)).await {
             Err(Error::ContextLength { prompt, .. }) if settings.trim && room < context => prompt,
             Err(e) => return Err(e),
             Ok(events) => return Ok((events, trimmed)),

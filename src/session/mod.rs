@@ -27,11 +27,10 @@ pub use self::{
 };
 use crate::{
     config,
-    electron::Electron,
     engine::RETRY_AFTER,
     error::Error,
     tool::Tools,
-    turn::{TurnStream, Usage},
+    turn::{Model, TurnStream, Usage},
 };
 
 /// Whose a session is: what all keys of one owner have in common.
@@ -341,7 +340,7 @@ impl Sessions {
     /// [`Error::Overloaded`] when there are too many.
     pub fn open(
         &self,
-        electron: Arc<Electron>,
+        electron: Arc<dyn Model>,
         owner: Owner,
         dialect: &'static str,
         settings: Settings,

@@ -307,6 +307,7 @@ impl Settings {
             format: self.format.clone(),
             filler: self.filler,
             language: self.persona.as_ref().and_then(|persona| persona.language.clone()),
+            whole: false,
         }
     }
 

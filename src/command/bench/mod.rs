@@ -4,9 +4,11 @@
 //! words to it. The same load can be put on a server, on the engine in this process, or on both in turn, so that what the
 //! server costs is seen within one run.
 
+mod mock;
 mod sessions;
 mod talk;
 mod tools;
+mod upstream;
 
 use std::{sync::Arc, time::Duration};
 
@@ -80,6 +82,10 @@ enum Other {
     Sessions(sessions::Options),
     /// Measure tools that the gateway runs: whether the caller waits for them in silence, and how soon the answer begins.
     Tools(tools::Options),
+    /// Measure what it costs to be in between: the gateway in front of an upstream that answers on a schedule.
+    Upstream(upstream::Options),
+    /// Serve that upstream.
+    Mock(mock::Options),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -127,6 +133,8 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
     match options.other {
         Some(Other::Sessions(options)) => return sessions::run(options).await,
         Some(Other::Tools(options)) => return tools::run(options).await,
+        Some(Other::Upstream(options)) => return upstream::run(options).await,
+        Some(Other::Mock(options)) => return mock::run(options).await,
         None => {}
     }
     let mut config = options.settings.load()?;

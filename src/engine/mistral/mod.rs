@@ -34,8 +34,8 @@ use self::{
     queue::{Class, Queue, Waiting},
     sampler::{Endings, Events, Sampler, Sentinel},
 };
-use super::{Gauges, Generation, ModelInfo, RETRY_AFTER, Readiness, TokenEngine, TokenEvent, TokenFinish, Tokens};
-use crate::{config::Weights, error::Error};
+use super::{Gauges, Generation, ModelInfo, RETRY_AFTER, TokenEngine, TokenEvent, TokenFinish, Tokens};
+use crate::{config::Weights, error::Error, turn::Readiness};
 
 /// How the engine runs.
 #[derive(Clone, Debug)]

@@ -204,7 +204,7 @@ impl Speaking {
             };
         }
         if self.answer.is_none() {
-            match self.remote.upstreams.start(&self.turn).await {
+            match Box::pin(self.remote.upstreams.start(&self.turn)).await {
                 Ok(answer) => self.begin(answer),
                 Err(e) => {
                     // The phrase has been said.
@@ -227,6 +227,10 @@ impl Speaking {
 
     fn begin(&mut self, answer: Answer) {
         self.progress.comes_from(answer.origin().clone());
+        if self.turn.tools.is_empty() {
+            // Nothing will be asked for again.
+            self.turn.messages = Vec::new();
+        }
         self.answer = Some(answer);
     }
 
@@ -273,7 +277,8 @@ impl Speaking {
             }
             TurnEvent::Finished { reason, usage } => {
                 for (call, why) in std::mem::take(&mut self.wrong) {
-                    let call = self.again(call, &why).await?;
+                    // Rare, and larger than all the rest.
+                    let call = Box::pin(self.again(call, &why)).await?;
                     self.make(call);
                 }
                 if !self.held.is_empty() {

@@ -293,7 +293,8 @@ impl Target {
         while due < end {
             tokio::time::sleep_until(due).await;
             let at = due;
-            let sent = self.request("tokens=4 every=5", stream).send();
+            // The gateway reads every answer as a stream, so that one that has no time in it is all that tells its own time.
+            let sent = self.request(if stream { "tokens=4 every=5" } else { "tokens=4" }, stream).send();
             requests.spawn(async move {
                 let mut response = sent.await.map_err(|e| e.to_string())?;
                 if !response.status().is_success() {

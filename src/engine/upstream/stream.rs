@@ -48,7 +48,7 @@ impl Answer {
     /// # Errors
     /// A text for the log, when the response is no stream of events.
     pub(super) fn new(
-        response: reqwest::Response,
+        mut response: reqwest::Response,
         origin: Origin,
         lease: Lease,
         asked: usize,
@@ -59,6 +59,8 @@ impl Answer {
         if !kind.to_ascii_lowercase().starts_with("text/event-stream") {
             return Err(format!("its server answered with {}, not with a stream of events", shown(kind)));
         }
+        // They would hold on to the memory that they were read into for as long as the answer lasts.
+        response.headers_mut().clear();
         Ok(Self {
             response,
             origin,

@@ -407,6 +407,15 @@ fn a_call_that_is_not_valid_is_asked_for_again_once() {
                 ("unknown", true) => calls("", &[("find_order", r#"{"order_id": "2"}"#)]),
                 ("unknown", false) => calls("", &[("lookup", "{}")]),
                 ("cut", false) => calls("", &[("find_order", r#"{"order_id": "1"#)]),
+                ("talks on", false) => {
+                    let end = event(json!({}), Some("tool_calls"));
+                    let mut acts = calls("", &[("find_order", "{}")]);
+                    if let Act::Say(text) = &mut acts[0] {
+                        *text = text.replace(&end, &format!("{}{end}", event(json!({"content": "Done."}), None)));
+                    }
+                    acts
+                }
+                ("talks on", true) => calls("", &[("find_order", r#"{"order_id": "3"}"#)]),
                 ("cut", true) => words(&["I would rather not."]),
                 (_, _) => calls("", &[("find_order", r#"{"order_id": 1}"#)]),
             }
@@ -415,12 +424,13 @@ fn a_call_that_is_not_valid_is_asked_for_again_once() {
         let gateway = Gateway::start([("m", upstream(vec![there.url()]))]).await;
         let mut body = ask("m", PLAIN);
         body["tools"] = json!([find_order()]);
-        for (what, id) in [("mend", "1"), ("unknown", "2")] {
+        for (what, id) in [("mend", "1"), ("unknown", "2"), ("talks on", "3")] {
             body["messages"][1]["content"] = what.into();
             let (status, _, answer) = gateway.outcome(&body).await;
             assert_eq!(status, 200, "{answer}");
             let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
             assert_eq!(call["arguments"], format!(r#"{{"order_id": "{id}"}}"#));
+            assert_eq!(answer["choices"][0]["message"]["content"], Value::Null);
             // Both answers are counted.
             assert_eq!(answer["usage"]["completion_tokens"], 18);
         }

@@ -66,7 +66,7 @@ impl Remote {
             filler,
             spoken: false,
             held: String::new(),
-            calls: Vec::new(),
+            call: None,
             wrong: Vec::new(),
             made: 0,
             repaired: Usage::default(),
@@ -160,8 +160,8 @@ struct Speaking {
     filler: Option<Filler>,
     spoken: bool,
     held: String,
-    /// Calls that are not complete.
-    calls: Vec<Call>,
+    /// A call that is not complete.
+    call: Option<Call>,
     /// Calls that are not valid, and why.
     wrong: Vec<(Call, String)>,
     /// Calls that left.
@@ -243,7 +243,7 @@ impl Speaking {
     async fn take(&mut self, event: TurnEvent) -> Result<(), Error> {
         match event {
             // The phrase has been said, or nothing is to be said.
-            TurnEvent::Text { .. } if self.must || (!self.speaks && self.made + self.calls.len() > 0) => {}
+            TurnEvent::Text { .. } if self.must || (!self.speaks && self.calls()) => {}
             TurnEvent::Text { delta, .. } if self.holds => self.held.push_str(&delta),
             TurnEvent::Text { delta, logprobs } => {
                 // White space at the start of a turn is no speech.
@@ -257,10 +257,10 @@ impl Speaking {
             TurnEvent::CallBegun { name, .. } => {
                 self.held.clear();
                 self.fill(Some(&name));
-                self.calls.push(Call { name, arguments: String::new() });
+                self.call = Some(Call { name, arguments: String::new() });
             }
             TurnEvent::Arguments { delta, .. } => {
-                if let Some(call) = self.calls.last_mut() {
+                if let Some(call) = &mut self.call {
                     if call.arguments.len() + delta.len() > ARGUMENTS {
                         return Err(Error::EngineFailed("the arguments of a call have no end".into()));
                     }
@@ -268,7 +268,7 @@ impl Speaking {
                 }
             }
             TurnEvent::CallEnded { .. } => {
-                if let Some(call) = self.calls.pop() {
+                if let Some(call) = self.call.take() {
                     match checked(self.turn.tools.clone(), call).await? {
                         (call, Ok(())) => self.make(call),
                         (call, Err(why)) => self.wrong.push((call, why)),
@@ -293,6 +293,11 @@ impl Speaking {
             }
         }
         Ok(())
+    }
+
+    /// Whether the turn has made a call, be it complete and valid or not.
+    fn calls(&self) -> bool {
+        self.made > 0 || self.call.is_some() || !self.wrong.is_empty()
     }
 
     fn make(&mut self, call: Call) {

@@ -38,6 +38,8 @@ pub struct Answer {
 pub(super) struct Lease {
     upstreams: Arc<Upstreams>,
     at: usize,
+    /// Whether the server has answered, so that its health is known without the end of the turn.
+    answered: bool,
 }
 
 // === impl Answer ===
@@ -82,6 +84,7 @@ impl Answer {
         while self.ready.is_empty() {
             self.read().await?;
         }
+        self.lease.answered = true;
         Ok(())
     }
 
@@ -137,7 +140,7 @@ impl Lease {
         use std::sync::atomic::Ordering::Relaxed;
         upstreams.open.fetch_add(1, Relaxed);
         upstreams.servers[at].open.fetch_add(1, Relaxed);
-        Self { upstreams, at }
+        Self { upstreams, at, answered: false }
     }
 
     fn note(&self, verdict: Verdict) {
@@ -150,7 +153,9 @@ impl Drop for Lease {
         use std::sync::atomic::Ordering::Relaxed;
         self.upstreams.open.fetch_sub(1, Relaxed);
         self.upstreams.servers[self.at].open.fetch_sub(1, Relaxed);
-        self.note(Verdict::Unknown);
+        if !self.answered {
+            self.note(Verdict::Unknown);
+        }
     }
 }
 

@@ -418,7 +418,8 @@ async def test_tools_that_the_server_runs_in_a_session(server, realtime):
         await line.say("What time is it?")
         for name, status in (("clock", "completed"), ("broken", "failed"), ("ask", "completed")):
             response = await line.answer(tools=[free, callback(server)], **forced(name))
-            [call] = [item for item in response["output"] if item["type"] == "mcp_call"]
+            # The model may call again by itself.
+            call, *_ = [item for item in response["output"] if item["type"] == "mcp_call"]
             assert (call["name"], call["status"]) == (name, status)
 
 

@@ -1,6 +1,6 @@
 //! Turns for `chat` and `bench`: of a running server over HTTP, or of a model in this process.
 
-use std::{pin::Pin, sync::Arc};
+use std::{collections::VecDeque, pin::Pin, sync::Arc};
 
 use clap::Args;
 use futures::{Stream, StreamExt, stream};
@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use crate::{
     dialect::chat_completions,
+    engine::upstream::Decoder,
     session::Settings,
-    turn::{FillerPolicy, FinishReason, Model, TurnEvent, Usage},
+    turn::{FillerPolicy, Model, TurnEvent},
 };
 
 /// The server to use, if it is to be one.
@@ -66,75 +67,30 @@ impl Target {
                     let why = body["error"]["message"].as_str().unwrap_or("no reason given").to_owned();
                     return Err(format!("{status}: {why}"));
                 }
-                Ok(Box::pin(events(response.bytes_stream().map(|chunk| chunk.map_err(|e| e.to_string())))))
+                Ok(Box::pin(events(response)))
             }
         }
     }
 }
 
-/// Events from the bytes of a stream of server-sent events.
-fn events(
-    bytes: impl Stream<Item = Result<bytes::Bytes, String>> + Send + 'static,
-) -> impl Stream<Item = Result<TurnEvent, String>> + Send {
-    let lines = stream::unfold((Box::pin(bytes), Vec::new()), |(mut bytes, mut held)| async move {
-        loop {
-            if let Some(end) = held.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = held.drain(..=end).collect();
-                return Some((Ok(String::from_utf8_lossy(&line).trim().to_owned()), (bytes, held)));
-            }
-            match bytes.next().await? {
-                Ok(chunk) => held.extend_from_slice(&chunk),
-                Err(e) => return Some((Err(e), (bytes, held))),
+/// Events from the response of a server.
+fn events(response: reqwest::Response) -> impl Stream<Item = Result<TurnEvent, String>> + Send {
+    let state = (response, Decoder::default(), VecDeque::new(), false);
+    stream::unfold(state, |(mut response, mut decoder, mut ready, mut over)| async move {
+        while ready.is_empty() && !over {
+            let read = match response.chunk().await {
+                Ok(Some(chunk)) => decoder.push(&chunk, &mut ready),
+                Ok(None) if decoder.end(&mut ready) => Ok(()),
+                Ok(None) => Err("the server ended the answer before it was complete".into()),
+                Err(e) => Err(e.to_string()),
+            };
+            if let Err(why) = read {
+                ready.clear();
+                return Some((Err(why), (response, decoder, ready, true)));
             }
         }
-    });
-    let mut reason = FinishReason::Stop;
-    lines.flat_map(move |line| {
-        let parsed = match line {
-            Ok(line) => line.strip_prefix("data: ").map_or_else(Vec::new, |data| chunk_events(data, &mut reason)),
-            Err(e) => vec![Err(e)],
-        };
-        stream::iter(parsed)
+        let event = ready.pop_front()?;
+        over |= matches!(event, TurnEvent::Finished { .. });
+        Some((Ok(event), (response, decoder, ready, over)))
     })
-}
-
-/// The events of one chunk.
-fn chunk_events(data: &str, reason: &mut FinishReason) -> Vec<Result<TurnEvent, String>> {
-    let Ok(chunk) = serde_json::from_str::<Value>(data) else {
-        return Vec::new();
-    };
-    if let Some(message) = chunk["error"]["message"].as_str() {
-        return vec![Err(message.to_owned())];
-    }
-    let mut out = Vec::new();
-    let delta = &chunk["choices"][0]["delta"];
-    if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
-        out.push(Ok(TurnEvent::Text { delta: text.to_owned(), logprobs: Vec::new() }));
-    }
-    for call in delta["tool_calls"].as_array().into_iter().flatten() {
-        let index = call["index"].as_u64().unwrap_or(0) as usize;
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        if call["id"].is_string() {
-            out.push(Ok(TurnEvent::CallBegun { index, id: text(&call["id"]), name: text(&call["function"]["name"]) }));
-        }
-        let delta = text(&call["function"]["arguments"]);
-        if !delta.is_empty() {
-            out.push(Ok(TurnEvent::Arguments { index, delta }));
-        }
-    }
-    match chunk["choices"][0]["finish_reason"].as_str() {
-        Some("length") => *reason = FinishReason::Length,
-        Some("tool_calls") => *reason = FinishReason::ToolCalls,
-        _ => {}
-    }
-    if chunk["usage"].is_object() {
-        let number = |value: &Value| value.as_u64().unwrap_or(0) as usize;
-        let usage = Usage {
-            prompt_tokens: number(&chunk["usage"]["prompt_tokens"]),
-            cached_tokens: number(&chunk["usage"]["prompt_tokens_details"]["cached_tokens"]),
-            completion_tokens: number(&chunk["usage"]["completion_tokens"]),
-        };
-        out.push(Ok(TurnEvent::Finished { reason: *reason, usage }));
-    }
-    out
 }

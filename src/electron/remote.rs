@@ -60,7 +60,8 @@ impl Remote {
             speaks: filler.is_some(),
             must,
             holds: filler.is_none() && turn.whole && !turn.tools.is_empty() && !must,
-            turn,
+            tools: turn.tools.clone(),
+            turn: None,
             answer: None,
             ready: VecDeque::new(),
             filler,
@@ -77,11 +78,12 @@ impl Remote {
         if must && speaking.filler.as_ref().is_some_and(|filler| filler.goodbyes.is_empty()) {
             speaking.fill(None);
         } else {
-            match self.upstreams.start(&speaking.turn).await {
+            match self.upstreams.start(&turn).await {
                 Ok(answer) => speaking.begin(answer),
-                Err(e) => return self.other(e)?.turn(speaking.turn).await,
+                Err(e) => return self.other(e)?.turn(turn).await,
             }
         }
+        speaking.turn = (!speaking.tools.is_empty()).then(|| Box::new(turn));
         let events = stream::unfold(speaking, |mut speaking| async move { Some((speaking.next().await?, speaking)) });
         Ok(TurnStream::new(events, progress))
     }
@@ -146,7 +148,9 @@ struct Speaking {
     remote: Arc<Remote>,
     /// The answer of the model that takes this one's place.
     other: Option<TurnStream>,
-    turn: Turn,
+    tools: Arc<[Tool]>,
+    /// What may be asked again: a turn with tools.
+    turn: Option<Box<Turn>>,
     /// Whether the turn has to call a tool.
     must: bool,
     /// Whether it speaks before it calls.
@@ -203,12 +207,12 @@ impl Speaking {
                 None => Err(Error::EngineFailed("it stopped in the middle of an answer".into())),
             };
         }
-        if self.answer.is_none() {
-            match Box::pin(self.remote.upstreams.start(&self.turn)).await {
+        if let (None, Some(turn)) = (&self.answer, &self.turn) {
+            match Box::pin(self.remote.upstreams.start(turn)).await {
                 Ok(answer) => self.begin(answer),
                 Err(e) => {
                     // The phrase has been said.
-                    let turn = Turn { filler: FillerPolicy::Never, ..self.turn.clone() };
+                    let turn = Turn { filler: FillerPolicy::Never, ..(**turn).clone() };
                     self.other = Some(self.remote.other(e)?.turn(turn).await?);
                     return Ok(());
                 }
@@ -227,10 +231,6 @@ impl Speaking {
 
     fn begin(&mut self, answer: Answer) {
         self.progress.comes_from(answer.origin().clone());
-        if self.turn.tools.is_empty() {
-            // Nothing will be asked for again.
-            self.turn.messages = Vec::new();
-        }
         self.answer = Some(answer);
     }
 
@@ -269,7 +269,7 @@ impl Speaking {
             }
             TurnEvent::CallEnded { .. } => {
                 if let Some(call) = self.call.take() {
-                    match checked(self.turn.tools.clone(), call).await? {
+                    match checked(self.tools.clone(), call).await? {
                         (call, Ok(())) => self.make(call),
                         (call, Err(why)) => self.wrong.push((call, why)),
                     }
@@ -313,7 +313,8 @@ impl Speaking {
     async fn again(&mut self, call: Call, why: &str) -> Result<Call, Error> {
         metrics::counter!("electron_calls_repaired_total").increment(1);
         tracing::info!(tool = call.name, why, "a call is not valid and is asked for again");
-        let mut turn = self.turn.clone();
+        let turn = self.turn.as_deref();
+        let mut turn = turn.cloned().ok_or_else(|| Error::EngineFailed("it made a call without a tool".into()))?;
         let known = turn.tools.iter().any(|tool| tool.name == call.name);
         turn.tool_choice = if known { ToolChoice::Named(call.name.clone()) } else { ToolChoice::Required };
         turn.parallel_tool_calls = false;
@@ -339,7 +340,7 @@ impl Speaking {
         }
         self.repaired = sum(self.repaired, answer.usage());
         let new = new.ok_or_else(|| Error::EngineFailed(format!("it made a call that is not valid: {why}")))?;
-        match checked(self.turn.tools.clone(), new).await? {
+        match checked(self.tools.clone(), new).await? {
             (new, Ok(())) => Ok(new),
             (_, Err(why)) => Err(Error::EngineFailed(format!("it made a call twice that is not valid: {why}"))),
         }

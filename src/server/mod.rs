@@ -26,7 +26,7 @@ use axum::{
     response::IntoResponse,
     routing::{get, post},
 };
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
@@ -480,13 +480,13 @@ pub async fn serve(app: Arc<App>, listener: TcpListener, stop: impl Future<Outpu
         });
         let service = TowerToHyperService::new(service);
         let connection = http.serve_connection_with_upgrades(stream, service).into_owned();
-        let watched = graceful.watch(connection);
-        tokio::spawn(async move {
-            if let Err(e) = watched.await {
+        // An async block would hold the connection twice: before it awaits it, and then.
+        tokio::spawn(graceful.watch(connection).map(move |ended| {
+            if let Err(e) = ended {
                 tracing::debug!(error = %e, "a connection ended early");
             }
             drop(held);
-        });
+        }));
     }
     drop(listener);
     app.stop.cancel();

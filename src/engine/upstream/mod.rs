@@ -26,7 +26,7 @@ use reqwest::{
 };
 use tokio::time::Instant;
 
-pub use self::stream::Answer;
+pub use self::stream::{Answer, Decoder};
 use self::{
     health::{Health, Verdict},
     stream::Lease,

@@ -161,9 +161,9 @@ impl Drop for Lease {
 
 // === Decoder ===
 
-/// Bytes in, events out.
+/// Bytes of a streamed chat completion in, events out.
 #[derive(Default)]
-struct Decoder {
+pub struct Decoder {
     /// The beginning of a line.
     held: BytesMut,
     /// The call that is open: its index here, and its index and id there.
@@ -250,9 +250,11 @@ struct TokenOf {
 }
 
 impl Decoder {
+    /// Takes a piece of the stream, however it was cut.
+    ///
     /// # Errors
     /// A text for the log and the caller: what is wrong with the stream.
-    fn push(&mut self, mut chunk: &[u8], out: &mut VecDeque<TurnEvent>) -> Result<(), String> {
+    pub fn push(&mut self, mut chunk: &[u8], out: &mut VecDeque<TurnEvent>) -> Result<(), String> {
         while let Some(end) = chunk.iter().position(|b| *b == b'\n') {
             let (line, rest) = (&chunk[..end], &chunk[end + 1..]);
             chunk = rest;
@@ -359,7 +361,7 @@ impl Decoder {
     }
 
     /// The end of a stream without `[DONE]`, which is good when the answer said why it ends.
-    fn end(&mut self, out: &mut VecDeque<TurnEvent>) -> bool {
+    pub fn end(&mut self, out: &mut VecDeque<TurnEvent>) -> bool {
         let Some(reason) = self.reason else { return false };
         self.finish(reason, out);
         true

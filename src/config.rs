@@ -14,6 +14,9 @@ use ipnet::IpNet;
 
 use crate::{secret::Secret, turn::FillerPolicy};
 
+/// Whether this program has an engine of its own.
+const ENGINE: bool = cfg!(feature = "mistral");
+
 /// All settings.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -116,7 +119,7 @@ pub struct Retell {
 pub struct Model {
     /// The name under which clients ask for it.
     pub name: String,
-    /// `smollm2`, a GGUF file, a folder with safetensors, or a Hugging Face id.
+    /// `electron-nano`, `smollm2`, a GGUF file, a folder with safetensors, or a Hugging Face id.
     pub source: String,
     /// In what form the weights are kept: `auto`, `f32`, `q8_0` or `as-is`.
     pub weights: Weights,
@@ -320,7 +323,7 @@ impl Default for Model {
     fn default() -> Self {
         Self {
             name: "electron".into(),
-            source: "smollm2".into(),
+            source: if ENGINE { "electron-nano".into() } else { String::new() },
             weights: Weights::Auto,
             context: 0,
             slots: 1,
@@ -537,9 +540,12 @@ impl Config {
 
     fn check_models(&self, refuse: &mut impl FnMut(&str, &dyn fmt::Display, &str)) {
         let known = |name: &str| self.models.contains_key(name) || (self.has_own_model() && name == self.model.name);
-        if !self.has_own_model() && self.models.is_empty() {
-            let allowed = "a model, or none when there is a section [models.NAME]";
-            refuse("model.source", &"\"\"", allowed);
+        if !ENGINE && self.has_own_model() {
+            refuse("model.source", &self.model.source, "none, for this program was built without an engine");
+        } else if !ENGINE && self.models.is_empty() {
+            refuse("models", &"{}", "a section [models.NAME] with urls, for this program was built without an engine");
+        } else if !self.has_own_model() && self.models.is_empty() {
+            refuse("model.source", &"\"\"", "a model, or none when there is a section [models.NAME]");
         }
         if !self.server.default_model.is_empty() && !known(&self.server.default_model) {
             refuse("server.default_model", &self.server.default_model, "the name of a model that is served");

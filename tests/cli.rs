@@ -10,12 +10,12 @@ use std::{
 };
 
 use axum::{Router, body::Bytes, extract::State, routing::post};
-use common::{PLAIN, read_until, request, run};
+use common::{PLAIN, VOICE, find_order, read_until, request, run, tool};
 use opentelemetry_proto::tonic::{
     collector::trace::v1::ExportTraceServiceRequest, common::v1::any_value::Value as AnyValue, trace::v1::Span,
 };
 use prost::Message;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpListener,
@@ -262,7 +262,8 @@ fn what_is_no_delta_is_not_merged() {
         let (file, out) = (folder.join("delta.safetensors"), folder.join("merged"));
         let merge = async |delta: &[u8]| {
             std::fs::write(&file, delta).unwrap();
-            outcome(&["model", "merge", "--delta", file.to_str().unwrap(), "--out", out.to_str().unwrap()]).await
+            let arguments = ["model", "merge", "--model", "smollm2", "--delta", file.to_str().unwrap()];
+            outcome(&[&arguments[..], &["--out", out.to_str().unwrap()]].concat()).await
         };
         let (code, said) = merge(b"garbage").await;
         assert!(code == 1 && said.contains("no safetensors file"), "{said}");
@@ -271,5 +272,38 @@ fn what_is_no_delta_is_not_merged() {
         assert!(code == 1 && said.contains("changes nothing"), "{said}");
         assert!(!out.exists());
         std::fs::remove_dir_all(folder).unwrap();
+    });
+}
+
+#[test]
+fn the_trained_model_speaks_calls_and_answers() {
+    run(async {
+        let (code, said) = outcome(&["model", "pull", "--model", "electron-nano"]).await;
+        assert!(code == 0 && said.contains("electron-nano is ready"), "{said}");
+        let (_, listed) = outcome(&["model", "list"]).await;
+        assert!(listed.lines().any(|line| line.starts_with("electron-nano  here")), "{listed}");
+
+        let server = Running::start(&[]).await;
+        let mut body = request(VOICE, "hi where is my order 1234");
+        body["tools"] = json!([find_order(), tool("book_table", json!({"type": "object"}))]);
+        body["max_tokens"] = 80.into();
+        let ask = async |body: &Value| {
+            let answer: Value = server.post(body, &[]).await.json().await.unwrap();
+            answer["choices"][0]["message"].clone()
+        };
+        let called = ask(&body).await;
+        assert!(called["content"].as_str().is_some_and(|words| !words.is_empty()), "{called}");
+        let call = &called["tool_calls"][0];
+        assert_eq!(call["function"]["name"], "find_order");
+        assert!(call["function"]["arguments"].as_str().unwrap().contains("1234"), "{called}");
+
+        let messages = body["messages"].as_array_mut().unwrap();
+        let id = call["id"].clone();
+        messages.push(called.clone());
+        messages.push(
+            json!({"role": "tool", "tool_call_id": id, "content": r#"{"status": "shipped", "arrives": "Friday"}"#}),
+        );
+        let answer = ask(&body).await;
+        assert!(answer["tool_calls"].is_null() && answer["content"].as_str().unwrap().contains("Friday"), "{answer}");
     });
 }

@@ -5,10 +5,10 @@ mod common;
 
 use std::{sync::Arc, time::Duration};
 
-use common::run;
+use common::{config, run};
 use electron_gateway::{
     command::model,
-    config::{Config, Model},
+    config::Model,
     engine::{Flow, Generation, Guide, TokenEngine, TokenEvent, TokenFinish},
     error::Error,
     turn::{Readiness, Sampling},
@@ -35,7 +35,7 @@ impl Guide for Free {
 }
 
 async fn engine(change: impl FnOnce(&mut Model)) -> Arc<dyn TokenEngine> {
-    let mut config = Config::default();
+    let mut config = config();
     change(&mut config.model);
     model::load(&config.model).await.unwrap().engine().clone()
 }

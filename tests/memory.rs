@@ -4,8 +4,7 @@
 mod common;
 
 use bytesize::ByteSize;
-use common::{PLAIN, Server, long, request, run, user};
-use electron_gateway::config::Config;
+use common::{PLAIN, Server, config, long, request, run, user};
 use serde_json::Value;
 
 /// The allocator of the program, so that what is measured is what runs.
@@ -22,7 +21,7 @@ fn resident() -> u64 {
 #[test]
 fn conversations_stay_within_the_budget() {
     run(async {
-        let mut config = Config::default();
+        let mut config = config();
         config.model.prefix_cache = ByteSize::mib(256);
         let server = Server::start(config).await;
         server.ask(&request(PLAIN, "Hello")).await;

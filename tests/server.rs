@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{KEY, PLAIN, SERVER, Server, key, read_until, request, run, user};
+use common::{KEY, PLAIN, SERVER, Server, config, key, read_until, request, run, user};
 use electron_gateway::config::Config;
 use serde_json::{Value, json};
 use tokio::{
@@ -74,7 +74,7 @@ fn a_cached_history_gives_the_same_answer_as_a_cold_one() {
         assert!(!text(&cold).is_empty() && !text(&warm).is_empty());
 
         // The same prompt, now cold on a server that has cached nothing.
-        let fresh = Server::start(Config::default()).await;
+        let fresh = Server::start(config()).await;
         let again = fresh.ask(&other).await;
         assert_eq!(again["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
         assert_eq!(text(&again), text(&warm));
@@ -136,7 +136,7 @@ fn a_client_that_leaves_stops_its_turn_and_is_counted() {
 #[test]
 fn a_full_queue_refuses_and_says_when_to_come_back() {
     run(async {
-        let mut config = Config::default();
+        let mut config = config();
         config.model.queue = 1;
         let server = Server::start(config).await;
         let mut body = request(PLAIN, "Write a very long story.");
@@ -173,7 +173,7 @@ fn a_full_queue_refuses_and_says_when_to_come_back() {
 fn keys_have_their_limits() {
     run(async {
         let keys = vec![key("a", 1, 0, &[]), key("b", 0, 1, &[]), key("c", 0, 0, &["other"])];
-        let config = Config { keys, ..Config::default() };
+        let config = Config { keys, ..config() };
         let server = Server::start(config).await;
         let ask = |key: &'static str, stream: bool| {
             let mut body = request(PLAIN, "Hi");

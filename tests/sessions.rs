@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{KEY, SERVER, Server, key, run};
+use common::{KEY, SERVER, Server, config, key, run};
 use electron_gateway::config::Config;
 use futures::{SinkExt, StreamExt};
 use proptest::{
@@ -342,7 +342,7 @@ fn a_chain_goes_on_over_another_connection() {
 #[test]
 fn a_dropped_chain_is_one_session_and_ends_after_the_window() {
     run(async {
-        let mut config = Config::default();
+        let mut config = config();
         config.session.resume_window = Duration::from_secs(1);
         let server = Server::start(config).await;
         let mut talk = open(&server, RESPONSES, KEY).await.unwrap();
@@ -543,7 +543,7 @@ fn an_unusable_tool_is_named_when_it_is_declared() {
 #[test]
 fn old_exchanges_make_room_and_an_event_says_so() {
     run(async {
-        let mut config = Config::default();
+        let mut config = config();
         config.model.context = 400;
         let server = Server::start(config).await;
         let mut talk = open(&server, REALTIME, KEY).await.unwrap();
@@ -616,7 +616,7 @@ fn a_thousand_lanes_are_too_many() {
             }
         }
         // Lanes that have nothing to do make room.
-        assert!(ended >= Config::default().session.max_lanes && refused > 0, "{ended} {refused}");
+        assert!(ended >= config().session.max_lanes && refused > 0, "{ended} {refused}");
         talk.respond(json!({"input": "Hello.", "stream_id": "one more"})).await;
     });
 }
@@ -626,7 +626,7 @@ fn a_thousand_lanes_are_too_many() {
 #[test]
 fn a_session_is_seen_by_the_key_that_made_it() {
     run(async {
-        let mut config = Config { keys: vec![key("one", 0, 0, &[]), key("two", 3, 0, &[])], ..Config::default() };
+        let mut config = Config { keys: vec![key("one", 0, 0, &[]), key("two", 3, 0, &[])], ..config() };
         config.server.max_body = bytesize::ByteSize::kib(64);
         let server = Server::start(config).await;
         let mut talk = open(&server, REALTIME, "one").await.unwrap();
@@ -694,7 +694,7 @@ fn a_message_that_is_too_large_closes_the_connection() {
 #[test]
 fn a_reader_that_stalls_is_closed_and_its_turn_is_cancelled() {
     run(async {
-        let mut config = Config::default();
+        let mut config = config();
         config.server.write_timeout = Duration::from_millis(300);
         let server = Server::start(config).await;
         let mut talk = open(&server, REALTIME, KEY).await.unwrap();
@@ -729,7 +729,7 @@ fn a_reader_that_stalls_is_closed_and_its_turn_is_cancelled() {
 #[test]
 fn a_server_that_stops_lets_an_answer_end() {
     run(async {
-        let server = Server::start(Config::default()).await;
+        let server = Server::start(config()).await;
         let mut idle = open(&server, REALTIME, KEY).await.unwrap();
         idle.until(&["session.created"]).await;
         let mut talk = open(&server, RESPONSES, KEY).await.unwrap();
@@ -863,7 +863,7 @@ fn frames() -> impl Strategy<Value = String> {
 fn no_frame_kills_the_server_or_another_session() {
     let count = if common::long() { 100_000 } else { 4_000 };
     run(async move {
-        let mut config = Config::default();
+        let mut config = config();
         config.session.max_records = 200;
         let server = Server::start(config).await;
         let mut other = open(&server, REALTIME, KEY).await.unwrap();

@@ -14,13 +14,14 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# Questions and answers are cut at so many tokens; those that are cut are left out.
+# Questions and answers are cut at so many tokens. A question that is cut is left out; an answer is kept, for what follows each of
+# its words is asked of the base again.
 QUESTION, ANSWER = 60, 200
 BATCH = 64
 
 
 def drawn(model, prompts, most, end):
-    """What the model says behind each prompt, where it comes to an end."""
+    """What the model says behind each prompt, and whether it came to an end."""
     longest = max(map(len, prompts))
     inputs = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -30,7 +31,7 @@ def drawn(model, prompts, most, end):
             pad_token_id=end,
         )  # fmt: skip
     said = made[:, longest:].tolist()
-    return [tokens[: tokens.index(end)] if end in tokens else None for tokens in said]
+    return [(tokens[: tokens.index(end)], True) if end in tokens else (tokens, False) for tokens in said]
 
 
 def main():
@@ -38,8 +39,9 @@ def main():
     parser.add_argument("--gateway", required=True)
     parser.add_argument("--base", required=True, type=pathlib.Path)
     parser.add_argument("--batches", type=int, default=14, help=f"of {BATCH} questions")
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    torch.manual_seed(1)
+    torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -50,14 +52,13 @@ def main():
     at = len(prompt) - 1 - prompt[::-1].index(tokenizer.convert_tokens_to_ids("?"))
     before, after = prompt[:at], prompt[at + 1 :]
     for batch in range(options.batches):
-        questions = [tokens for tokens in drawn(model, [before] * BATCH, QUESTION, end) if tokens]
+        questions = [tokens for tokens, whole in drawn(model, [before] * BATCH, QUESTION, end) if whole]
         answers = drawn(model, [before + tokens + after for tokens in questions], ANSWER, end)
-        for question, answer in zip(questions, answers, strict=True):
-            if answer:
-                texts = [tokenizer.decode(tokens).strip() for tokens in (question, answer)]
-                messages = [{"role": role, "content": t} for role, t in zip(("user", "assistant"), texts, strict=True)]
-                if all(texts):
-                    print(json.dumps({"messages": messages}, ensure_ascii=False), flush=True)
+        for question, (answer, _) in zip(questions, answers, strict=True):
+            texts = [tokenizer.decode(tokens).strip() for tokens in (question, answer)]
+            messages = [{"role": role, "content": t} for role, t in zip(("user", "assistant"), texts, strict=True)]
+            if all(texts):
+                print(json.dumps({"messages": messages}, ensure_ascii=False), flush=True)
         print(f"{batch + 1} of {options.batches}", file=sys.stderr, flush=True)
 
 

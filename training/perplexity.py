@@ -15,6 +15,7 @@ import tomllib
 
 import torch
 from domain import FOLDER
+from general_answers import drawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LONGEST = 200
@@ -37,20 +38,18 @@ def main():
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     trained = AutoModelForCausalLM.from_pretrained(options.trained, dtype=torch.float32)
-    surprise, tokens = {"base": 0.0, "trained": 0.0}, 0
+    answers = [tokens + [end] * whole for tokens, whole in drawn(base, prompts, LONGEST, end)]
+    surprise, tokens = {"base": 0.0, "trained": 0.0}, sum(map(len, answers))
     with torch.no_grad():
-        for at, prompt in enumerate(prompts):
-            drawn = {"max_new_tokens": LONGEST, "eos_token_id": end, "pad_token_id": end}
-            made = base.generate(torch.tensor([prompt]), do_sample=True, top_k=0, **drawn)
-            tokens += made.shape[1] - len(prompt)
+        for at, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             for name, model in (("base", base), ("trained", trained)):
-                logits = model(made).logits[0, len(prompt) - 1 : -1]
-                answer = made[0, len(prompt) :]
-                surprise[name] += torch.nn.functional.cross_entropy(logits, answer, reduction="sum").item()
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                surprise[name] += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
             if at < options.show:
                 print(f"\n{questions[at]}")
                 for name, model in (("base", base), ("trained", trained)):
-                    answer = model.generate(torch.tensor([prompt]), do_sample=False, **drawn)[0, len(prompt) :]
+                    most = {"max_new_tokens": LONGEST, "eos_token_id": end, "pad_token_id": end}
+                    answer = model.generate(torch.tensor([prompt]), do_sample=False, **most)[0, len(prompt) :]
                     print(f"{name}: {tokenizer.decode(answer, skip_special_tokens=True)}")
     perplexity = {name: math.exp(value / tokens) for name, value in surprise.items()}
     ratio = perplexity["trained"] / perplexity["base"]

@@ -4,8 +4,8 @@
 
 The base is the folder that `electron-gateway model pull` leaves behind, and the prompts are rendered and tokenized by
 that program, so that what is trained is what is served. Only what the agent says is learned, by all weights but those of
-the embeddings. Started with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` it keeps its memory and is some 5 % faster;
-it then takes 20 GB and more.
+the embeddings. Beside it, each step asks questions about anything, where the model learns to be as sure of each word as the
+base is, which keeps it from forgetting all else.
 """
 
 import argparse
@@ -25,11 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Longest conversation in tokens; longer ones are left out.
 LONGEST = 896
-# Questions about anything for each conversation. Their answers keep the model from forgetting all else: there it learns to
-# be as sure of each word as the base is.
-GENERAL = 0.5
-# Most of their tokens in a step: the distributions of each take a megabyte.
-KEPT = 384
+# Tokens of questions about anything, and their answers, in a step.
+GENERAL = 768
 # A token of a call counts as much as so many of what is said: there is one right call, and many right words.
 CALL = 2.0
 
@@ -53,9 +50,8 @@ def render(gateway, base, records):
 
 
 def general():
-    """Conversations about anything, made up by the model itself before it was trained."""
-    path = FOLDER / "general.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Questions about anything and answers, made up by the model itself before it was trained."""
+    return [json.loads(line) for line in (FOLDER / "general.jsonl").read_text().splitlines()]
 
 
 def batches(examples, tokens, rng):
@@ -73,10 +69,16 @@ def batches(examples, tokens, rng):
     return [[examples[at] for at in batch] for batch in made]
 
 
+def forever(examples, tokens, rng):
+    """Batches without an end, each time in another order."""
+    while True:
+        yield from batches(examples, tokens, rng)
+
+
 def tensors(batch, call):
     """Inputs, and for each trained token where it is predicted, what it is, and how much it counts.
 
-    `call` is the token that begins a call. A token of a general answer counts nothing: there the base is what is learned.
+    `call` is the token that begins a call.
     """
     # Kernels are faster at multiples of 32.
     longest = -(-max(len(example["tokens"]) for example in batch) // 32) * 32
@@ -91,7 +93,7 @@ def tensors(batch, call):
             rows += [row] * (end - start)
             columns += range(start - 1, end - 1)
             targets += answer
-            counts += [0.0 if example["general"] else 1.0] * words + [CALL] * (len(answer) - words)
+            counts += [1.0] * words + [CALL] * (len(answer) - words)
     return inputs, (torch.tensor(rows), torch.tensor(columns)), torch.tensor(targets), torch.tensor(counts)
 
 
@@ -163,11 +165,9 @@ def main():
     domains = folder("domains")
     records = list(conversations(domains, domains, options.count, options.seed))
     others = general()
-    others = [{"voice": False, **rng.choice(others)} for _ in range(int(len(records) * GENERAL))] if others else []
     print(f"rendering {len(records)} conversations and {len(others)} general questions", flush=True)
-    examples = [{**example, "general": False} for example in render(options.gateway, options.base, records)]
-    examples += [{**example, "general": True} for example in render(options.gateway, options.base, others)]
-    steps = batches(examples, options.tokens, rng)[: options.steps]
+    steps = batches(render(options.gateway, options.base, records), options.tokens, rng)[: options.steps]
+    others = forever(render(options.gateway, options.base, [{"voice": False, **other} for other in others]), GENERAL, rng)
     total = sum(len(example["tokens"]) for batch in steps for example in batch)
     print(f"{sum(map(len, steps))} conversations, {total} tokens, {len(steps)} steps", flush=True)
 
@@ -195,31 +195,26 @@ def main():
         for step, batch in enumerate(steps, 1):
             inputs, at, targets, counts = tensors(batch, call)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                hidden = inner(input_ids=inputs, use_cache=False).last_hidden_state[at]
-                logits = head(hidden)
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            loss, kept = (losses * counts).sum(), (counts == 0).nonzero()[:, 0]
-            kept = kept[torch.randperm(len(kept))[:KEPT]]
-            if len(kept):
-                rows, columns = at[0][kept], at[1][kept]
-                some, rows = rows.unique(return_inverse=True)
-                with torch.no_grad():
-                    wanted = teacher.lm_head(teacher.model(inputs[some]).last_hidden_state[rows, columns])
-                wanted = torch.log_softmax(wanted.float(), -1)
-                own = torch.log_softmax(logits[kept].float(), -1)
-                away = torch.nn.functional.kl_div(own, wanted, reduction="sum", log_target=True)
-                loss = loss + away
-                distances.append(away.item() / len(rows))
-            (loss / (counts.sum() + len(kept))).backward()
+                logits = head(inner(input_ids=inputs, use_cache=False).last_hidden_state[at])
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts
+            (losses.sum() / counts.sum()).backward()
+            recent.append(losses.sum().item() / counts.sum().item())
+            inputs, at, _, _ = tensors(next(others), call)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = head(inner(input_ids=inputs, use_cache=False).last_hidden_state[at])
+            with torch.no_grad():
+                wanted = teacher.lm_head(teacher.model(inputs).last_hidden_state[at])
+            wanted, given = (torch.log_softmax(values.float(), -1) for values in (wanted, logits))
+            away = torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
+            away.backward()
+            distances.append(away.item())
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-            recent.append((losses * counts).sum().item() / max(counts.sum().item(), 1.0))
             if step % 20 == 0 or step == len(steps):
                 seconds = time.monotonic() - began
-                mean = sum(recent) / len(recent)
-                distance = sum(distances) / max(1, len(distances))
+                mean, distance = sum(recent) / len(recent), sum(distances) / len(distances)
                 left = seconds / step * (len(steps) - step)
                 told = {"step": step, "loss": round(mean, 4), "distance": round(distance, 4), "seconds": round(seconds)}
                 log.write(json.dumps(told) + "\n")

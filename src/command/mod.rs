@@ -5,13 +5,18 @@ mod chat;
 mod check;
 mod client;
 mod key;
+#[cfg(feature = "mistral")]
 pub mod model;
+#[cfg(not(feature = "mistral"))]
+mod no_engine;
 mod serve;
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 
+#[cfg(not(feature = "mistral"))]
+use self::no_engine as model;
 use crate::config::Config;
 
 /// A gateway for real-time voice agents: a language model that speaks while its tools run.
@@ -31,6 +36,7 @@ enum Command {
     /// Measure a running server, or the engine in this process.
     Bench(bench::Options),
     /// Get and look at models.
+    #[cfg(feature = "mistral")]
     #[command(subcommand)]
     Model(model::Command),
     /// Make keys.
@@ -49,7 +55,7 @@ pub(crate) struct Settings {
     /// Sets one setting, for instance model.slots=2. May be repeated.
     #[arg(short, long, value_name = "NAME=VALUE")]
     set: Vec<String>,
-    /// The model: smollm2, a GGUF file, a folder, or a Hugging Face id. Same as --set model.source=…
+    /// The model: electron-nano, smollm2, a GGUF file, a folder, or a Hugging Face id. Same as --set model.source=…
     #[arg(short, long, value_name = "SOURCE")]
     model: Option<String>,
     /// Address and port. Same as --set server.listen=…
@@ -70,6 +76,7 @@ pub fn run(cli: Cli) -> Result<(), String> {
         Command::Serve(options) => runtime.block_on(serve::run(options)),
         Command::Chat(options) => runtime.block_on(chat::run(options)),
         Command::Bench(options) => runtime.block_on(bench::run(options)),
+        #[cfg(feature = "mistral")]
         Command::Model(command) => runtime.block_on(model::run(command)),
         Command::Key(command) => key::run(&command),
         Command::Check(settings) => check::run(&settings),

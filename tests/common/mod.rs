@@ -1,4 +1,4 @@
-//! A real server with the real default model, once a test program.
+//! A real server with a real model, once a test program.
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 use std::sync::{Arc, LazyLock};
@@ -23,10 +23,17 @@ pub const PLAIN: &str = "You are a helpful assistant.";
 /// The runtime of all tests of a program; the server and the engine live on it.
 pub static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 
-/// The default model behind a server on a free port.
+/// The settings of a server here. Its model is one as published: what is trained anew changes no test.
+pub fn config() -> Config {
+    let mut config = Config::default();
+    config.model.source = "smollm2".into();
+    config
+}
+
+/// A model behind a server on a free port.
 pub static SERVER: LazyLock<Server> = LazyLock::new(|| {
     // The first test to ask runs on the runtime already, where waiting has to be done by another thread.
-    std::thread::spawn(|| RUNTIME.block_on(Server::start(Config::default()))).join().unwrap()
+    std::thread::spawn(|| RUNTIME.block_on(Server::start(config()))).join().unwrap()
 });
 
 pub struct Server {

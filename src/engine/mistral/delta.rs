@@ -1,10 +1,11 @@
 //! Applies what a model learned to the weights that it was trained from.
 //!
-//! A delta is a safetensors file. Of each matrix W of shape (rows, columns) it holds `W.signs`, a bit for each weight,
-//! row after row from the lowest bit of a byte to the highest, and `W.scales`, an F32 for each row: a weight becomes
-//! larger by its row's scale where its bit is set, and smaller where not. Of each vector V it holds `V.change`, F32, which
-//! is added. One bit keeps nearly all that fine-tuning changes ([BitDelta](https://arxiv.org/abs/2402.10193)). Each weight
-//! is one sum of two F32, the same to the bit on every machine.
+//! A delta is one or several safetensors files. Of each matrix W of shape (rows, columns) they hold `W.directions`, five
+//! weights in each byte, row after row, as digits of base 3 from the lowest place to the highest, and `W.scales`, an F32 for
+//! each row: a weight becomes smaller by its row's scale where its digit is 0, stays where it is 1, and becomes larger where
+//! it is 2. Of each vector V they hold `V.change`, F32, which is added. So little keeps nearly all that fine-tuning changes
+//! (one bit does in [BitDelta](https://arxiv.org/abs/2402.10193)). Each weight is one sum of two F32, the same to the bit on
+//! every machine.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -14,20 +15,26 @@ use super::convert::{Prepared, at, prepare, progress};
 use crate::config::Weights;
 
 /// The file that holds a folder's weights.
-const WEIGHTS: &str = "model.safetensors";
+pub const WEIGHTS: &str = "model.safetensors";
 
-/// Writes the folder `out` with the F32 weights of a GGUF file, changed by a delta.
+/// Weights in a byte.
+const IN_A_BYTE: usize = 5;
+
+/// Writes the folder `out` with the F32 weights of a GGUF file, changed by the parts of a delta.
 ///
 /// # Errors
 /// A text for the operator: what cannot be read or written, or does not fit.
-pub fn merge(gguf: &Path, delta: &[u8], out: &Path) -> Result<(), String> {
+pub fn merge(gguf: &Path, parts: &[&[u8]], out: &Path) -> Result<(), String> {
     let Prepared::Folder(base) = prepare(gguf, Weights::F32, true)? else {
         return Err(at(gguf, "a delta is merged into F32 weights only"));
     };
     let weights = base.join(WEIGHTS);
     let mut tensors = candle_core::safetensors::load(&weights, &Device::Cpu).map_err(|e| at(&weights, e))?;
-    let delta = candle_core::safetensors::load_buffer(delta, &Device::Cpu)
-        .map_err(|e| format!("the delta is no safetensors file: {e}"))?;
+    let mut delta = HashMap::new();
+    for part in parts {
+        let part = candle_core::safetensors::load_buffer(part, &Device::Cpu);
+        delta.extend(part.map_err(|e| format!("the delta is no safetensors file: {e}"))?);
+    }
     let bar = progress("Merging the delta", delta.len() as u64);
     let mut changed = 0;
     for (name, weight) in &mut tensors {
@@ -38,7 +45,7 @@ pub fn merge(gguf: &Path, delta: &[u8], out: &Path) -> Result<(), String> {
         }
     }
     if changed == 0 {
-        return Err("the delta changes nothing: it holds no NAME.signs and no NAME.change of this model".into());
+        return Err("the delta changes nothing: it holds no NAME.directions and no NAME.change of this model".into());
     }
     fs::create_dir_all(out).map_err(|e| at(out, e))?;
     for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
@@ -54,26 +61,35 @@ pub fn merge(gguf: &Path, delta: &[u8], out: &Path) -> Result<(), String> {
 /// What becomes of a tensor, if the delta has it.
 fn changed_by(delta: &HashMap<String, Tensor>, name: &str, weight: &Tensor) -> candle_core::Result<Option<Tensor>> {
     let part = |kind: &str| delta.get(&format!("{name}.{kind}"));
-    match (part("signs"), part("scales"), part("change")) {
+    match (part("directions"), part("scales"), part("change")) {
         (None, None, None) => Ok(None),
         (None, None, Some(change)) => (weight + change).map(Some),
-        (Some(signs), Some(scales), None) => stepped(weight, signs, scales).map(Some),
-        _ => candle_core::bail!("signs go with scales, and with nothing else"),
+        (Some(directions), Some(scales), None) => stepped(weight, directions, scales).map(Some),
+        _ => candle_core::bail!("directions go with scales, and with nothing else"),
     }
 }
 
-/// Moves each weight by its row's scale, up where its sign is set.
-fn stepped(weight: &Tensor, signs: &Tensor, scales: &Tensor) -> candle_core::Result<Tensor> {
+/// Moves each weight by its row's scale, where it is told to.
+fn stepped(weight: &Tensor, directions: &Tensor, scales: &Tensor) -> candle_core::Result<Tensor> {
     let (rows, columns) = weight.dims2()?;
-    if signs.dims() != [rows, columns.div_ceil(8)] || scales.dims() != [rows] || signs.dtype() != DType::U8 {
+    let bytes = columns.div_ceil(IN_A_BYTE);
+    if directions.dims() != [rows, bytes] || scales.dims() != [rows] || directions.dtype() != DType::U8 {
         candle_core::bail!("the shapes do not fit");
     }
     let mut weights = weight.flatten_all()?.to_vec1::<f32>()?;
-    let (signs, scales) = (signs.flatten_all()?.to_vec1::<u8>()?, scales.to_vec1::<f32>()?);
-    let rows = weights.chunks_exact_mut(columns).zip(signs.chunks_exact(columns.div_ceil(8)));
-    for ((row, signs), scale) in rows.zip(scales) {
-        for (at, weight) in row.iter_mut().enumerate() {
-            *weight += if (signs[at / 8] >> (at % 8)) & 1 == 1 { scale } else { -scale };
+    let (directions, scales) = (directions.flatten_all()?.to_vec1::<u8>()?, scales.to_vec1::<f32>()?);
+    let rows = weights.chunks_exact_mut(columns).zip(directions.chunks_exact(bytes));
+    for ((row, directions), scale) in rows.zip(scales) {
+        for (weights, byte) in row.chunks_mut(IN_A_BYTE).zip(directions) {
+            let mut digits = *byte;
+            for weight in weights {
+                match digits % 3 {
+                    0 => *weight -= scale,
+                    1 => {}
+                    _ => *weight += scale,
+                }
+                digits /= 3;
+            }
         }
     }
     Tensor::from_vec(weights, weight.shape(), &Device::Cpu)
@@ -86,25 +102,26 @@ mod tests {
     #[test]
     fn a_delta_moves_what_it_names() {
         let tensor = |values: Vec<f32>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
-        let weight = tensor((0..20).map(|n| n as f32).collect(), &[2, 10]);
-        let signs = Tensor::from_vec(vec![0b0000_0101u8, 0b10, 0, 0b01], (2, 2), &Device::Cpu).unwrap();
+        let weight = tensor((0..12).map(|n| n as f32).collect(), &[2, 6]);
+        // 2 1 0 1 2, 0; 1 1 1 1 1, 2.
+        let bytes = vec![2 + 3 + 27 + 2 * 81, 0, 1 + 3 + 9 + 27 + 81, 2u8];
+        let directions = Tensor::from_vec(bytes, (2, 2), &Device::Cpu).unwrap();
         let delta = HashMap::from([
-            ("w.signs".to_owned(), signs.clone()),
+            ("w.directions".to_owned(), directions.clone()),
             ("w.scales".to_owned(), tensor(vec![0.5, 1.0], &[2])),
             ("v.change".to_owned(), tensor(vec![1.0, -2.0], &[2])),
-            ("odd.signs".to_owned(), signs),
+            ("odd.directions".to_owned(), directions),
         ]);
         let moved = |name: &str, weight: &Tensor| {
             changed_by(&delta, name, weight)
                 .map(|new| new.map(|new| new.flatten_all().unwrap().to_vec1::<f32>().unwrap()))
         };
-        let first = [0.5, 0.5, 2.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 9.5];
-        let second = [9., 10., 11., 12., 13., 14., 15., 16., 19., 18.];
-        assert_eq!(moved("w", &weight).unwrap().unwrap(), [first, second].concat());
+        let all = [0.5, 1., 1.5, 3., 4.5, 4.5, 6., 7., 8., 9., 10., 12.];
+        assert_eq!(moved("w", &weight).unwrap().unwrap(), all);
         assert_eq!(moved("v", &tensor(vec![1., 1.], &[2])).unwrap().unwrap(), [2., -1.]);
         assert!(moved("other", &weight).unwrap().is_none());
-        assert!(moved("odd", &weight).is_err(), "signs without scales");
-        assert!(moved("w", &tensor(vec![0.; 24], &[2, 12])).is_ok(), "as many bytes");
-        assert!(moved("w", &tensor(vec![0.; 20], &[1, 20])).is_err());
+        assert!(moved("odd", &weight).is_err(), "directions without scales");
+        assert!(moved("w", &tensor(vec![0.; 20], &[2, 10])).is_ok(), "as many bytes");
+        assert!(moved("w", &tensor(vec![0.; 12], &[1, 12])).is_err());
     }
 }

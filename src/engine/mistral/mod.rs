@@ -27,7 +27,7 @@ use mistralrs_core::{
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use self::delta::merge;
+pub use self::delta::{WEIGHTS, merge};
 use self::{
     load::Loaded,
     prefix::PrefixMirror,

@@ -6,6 +6,6 @@ use crate::{config, electron::Electron};
 ///
 /// # Errors
 /// Always.
-pub async fn load(_model: &config::Model) -> Result<Electron, String> {
+pub(super) async fn load(_model: &config::Model) -> Result<Electron, String> {
     Err("this program was built without an engine; build it with the feature `mistral`".into())
 }

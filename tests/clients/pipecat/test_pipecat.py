@@ -273,9 +273,19 @@ def test_a_one_off_question_beside_the_call(server, key):
 # === Calls of functions ===
 
 
-@pytest.mark.parametrize("kind", [OpenAIResponsesLLMService, OpenAIResponsesHttpLLMService])
-def test_a_function(server, key, kind):
-    """Filler, call, result, answer."""
+@pytest.mark.parametrize(
+    ("kind", "question"),
+    [
+        (OpenAIResponsesLLMService, "Where is my order 1234?"),
+        (OpenAIResponsesHttpLLMService, "My order is 1234. Where is it?"),
+    ],
+)
+def test_a_function(server, key, kind, question):
+    """Filler, call, result, answer.
+
+    Each asks in words of its own: a prompt that is in the prefix cache to its last token is not served from there, and
+    with the same filler the answers' prompts would be the same.
+    """
 
     async def scene(line):
         asked = []
@@ -290,7 +300,7 @@ def test_a_function(server, key, kind):
 
         llm.register_function("find_order", find_order)
         async with call:
-            await call.says("Where is my order 1234?")
+            await call.says(question)
             filler = await call.turn()
             assert filler.content and "{" not in filler.content
             check_numbers((await call.turn()).content, 1)

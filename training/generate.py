@@ -72,7 +72,7 @@ PARTS = {
 # The same where something is learned: more of what is hard.
 LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 16}
 # Share of the conversations that are learned from whose business is made up.
-INVENTED = 0.5
+INVENTED = 0.35
 
 
 class Conversation:

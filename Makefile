@@ -6,7 +6,7 @@ CPU        := $(shell (grep -m1 '^flags' /proc/cpuinfo 2>/dev/null || uname -mp)
 export CARGO_TARGET_DIR ?= $(CACHE)/target-$(CPU)
 BIN        := $(CARGO_TARGET_DIR)/debug/electron-gateway
 
-.PHONY: run test build tools lint rust-tests client-tests bench figures clean
+.PHONY: run test build tools lint rust-tests client-tests bench compare figures clean
 
 run: build            ## Get the default model, build, and serve on 127.0.0.1:8080.
 	$(BIN) serve $(ARGS)
@@ -20,14 +20,15 @@ build: tools
 # What the build and the tests need besides Rust. Looks first, installs only what is missing.
 tools:
 	@command -v cargo >/dev/null || { echo "Rust is missing: see https://rustup.rs"; exit 1; }
-	@command -v cc >/dev/null && command -v python3 >/dev/null && python3 -m pip --version >/dev/null 2>&1 \
+	@command -v cc >/dev/null && command -v c++ >/dev/null && command -v python3 >/dev/null && python3 -m pip --version >/dev/null 2>&1 \
 	  && python3 -m venv --help >/dev/null 2>&1 || \
-	  { echo "Installing a C compiler and Python"; apt-get update -qq && \
+	  { echo "Installing C and C++ compilers and Python"; apt-get update -qq && \
 	    apt-get install -y -qq --no-install-recommends build-essential python3 python3-pip python3-venv; }
 
 lint: tools
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
+	cargo clippy --locked --no-default-features -- --deny warnings
 
 rust-tests: build
 	$(BIN) model pull
@@ -38,6 +39,9 @@ client-tests: build
 
 bench: build          ## The speed figures of the README.
 	$(BIN) bench --concurrency 1,4
+
+compare: build        ## What it costs to be in between, by this gateway and by LiteLLM.
+	ELECTRON_GATEWAY_BIN=$(BIN) ELECTRON_CACHE=$(CACHE) tests/bench/compare
 
 figures: build        ## The long form of the tests: every figure of the README that is not a speed.
 	ELECTRON_LONG=1 cargo test --locked --test electron --test memory -- --nocapture

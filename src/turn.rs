@@ -69,6 +69,11 @@ pub trait Model: Send + Sync + 'static {
 
     /// Whether turns are likely to succeed now.
     fn readiness(&self) -> Readiness;
+
+    /// Figures for the metrics page, where the model runs in this process.
+    fn gauges(&self) -> Option<Gauges> {
+        None
+    }
 }
 
 impl dyn Model {
@@ -82,6 +87,19 @@ impl dyn Model {
             .await
             .map_err(|e| Error::Internal(e.to_string()))?
     }
+}
+
+/// Figures of an engine in this process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gauges {
+    /// Generations that wait.
+    pub queued: usize,
+    /// Generations and warm-ups that run.
+    pub running: usize,
+    /// Bytes that the prefix cache may hold at this moment.
+    pub prefix_cache_bytes: u64,
+    /// How often the prefix cache was emptied to stay in its budget.
+    pub prefix_cache_flushes: u64,
 }
 
 /// Whether a model can take work.

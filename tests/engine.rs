@@ -9,7 +9,7 @@ use common::{config, run};
 use electron_gateway::{
     command::model,
     config::Model,
-    engine::{Flow, Generation, Guide, TokenEngine, TokenEvent, TokenFinish},
+    engine::token::{Flow, Generation, Guide, TokenEngine, TokenEvent, TokenFinish},
     error::Error,
     turn::{Readiness, Sampling},
 };

@@ -11,14 +11,13 @@ use std::{sync::Arc, time::Instant};
 use common::{SERVER, VOICE, run};
 use electron_gateway::{
     electron::Electron,
-    engine::{
-        ChatTemplate, Flow, Gauges, Generation, ModelInfo, Token, TokenEngine, TokenEvent, TokenFinish, Tokens,
-        Vocabulary,
+    engine::token::{
+        ChatTemplate, Flow, Generation, ModelInfo, Token, TokenEngine, TokenEvent, TokenFinish, Tokens, Vocabulary,
     },
     error::Error,
     turn::{
-        FillerPolicy, FinishReason, Message, Model, OutputFormat, Readiness, Sampling, Tool, ToolCall, ToolChoice,
-        Turn, TurnEvent,
+        FillerPolicy, FinishReason, Gauges, Message, Model, OutputFormat, Readiness, Sampling, Tool, ToolCall,
+        ToolChoice, Turn, TurnEvent,
     },
 };
 use futures::StreamExt;

@@ -3,7 +3,6 @@
 use std::{
     io::{BufRead, IsTerminal, Write},
     path::PathBuf,
-    sync::Arc,
     time::Instant,
 };
 
@@ -54,7 +53,7 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
             config.log.level = "warn".into();
             let _telemetry = telemetry::start(&config.log)?;
             eprintln!("Loading {} …", config.model.source);
-            Target::Engine(Arc::new(model::load(&config.model).await?))
+            Target::Engine(model::load(&config.model).await?)
         }
     };
     let mut messages = vec![json!({"role": "system", "content": options.system.as_deref().unwrap_or(AGENT)})];

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, Read, Write},
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
 };
 
 use bytesize::ByteSize;
@@ -127,7 +128,7 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
         }
         Command::List => list(),
         Command::Inspect { settings } => inspect(&settings.load()?.model).await,
-        Command::Render { settings } => render(&load(&settings.load()?.model).await?),
+        Command::Render { settings } => render(&*load(&settings.load()?.model).await?),
         Command::Merge { settings, delta, out } => merge(&settings.load()?.model, &delta, &out),
     }
 }
@@ -136,7 +137,7 @@ pub(super) async fn run(command: Command) -> Result<(), String> {
 ///
 /// # Errors
 /// A text for the operator.
-pub async fn load(model: &config::Model) -> Result<Electron, String> {
+pub async fn load(model: &config::Model) -> Result<Arc<Electron>, String> {
     use crate::engine::mistral::{MistralEngine, Settings};
     let wanted = model.source.clone();
     let source = tokio::task::spawn_blocking(move || resolve(&wanted))
@@ -153,7 +154,7 @@ pub async fn load(model: &config::Model) -> Result<Electron, String> {
     })
     .await?;
     engine.first_token().await?;
-    Electron::new(std::sync::Arc::new(engine))
+    Electron::new(Arc::new(engine)).map(Arc::new)
 }
 
 async fn inspect(model: &config::Model) -> Result<(), String> {

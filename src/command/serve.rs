@@ -51,7 +51,7 @@ async fn serve(config: Config, file: Option<&Path>) -> Result<(), String> {
             loaded = model::load(&config.model) => loaded,
             () = stop.cancelled() => Err(String::new()),
         };
-        loaded.and_then(|electron| app.serve_model(Arc::new(electron)))
+        loaded.and_then(|model| app.serve_model(model))
     } else {
         app.check_agents()
     };

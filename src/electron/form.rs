@@ -1,6 +1,6 @@
 //! How a model writes a tool call into its text.
 
-use crate::engine::Vocabulary;
+use crate::engine::token::Vocabulary;
 
 /// The syntax of tool calls that a model was trained on.
 ///

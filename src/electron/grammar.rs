@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::form::{Form, Piece, pieces};
 use crate::{
-    engine::{Flow, Guide, ModelInfo},
+    engine::token::{Flow, Guide, ModelInfo},
     error::{Error, Fault},
     turn::{Message, OutputFormat, Tool, ToolChoice, Turn},
 };

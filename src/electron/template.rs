@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::form::Form;
 use crate::{
-    engine::ModelInfo,
+    engine::token::ModelInfo,
     error::{Error, Fault},
     turn::{Message, Tool, ToolCall},
 };

@@ -37,8 +37,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
             metrics::gauge!("electron_upstream_running", &labels).set(open as f64);
         }
     }
-    if let Some(electron) = app.own.get() {
-        let gauges = electron.engine().gauges();
+    if let Some(gauges) = app.own.get().and_then(|model| model.gauges()) {
         metrics::gauge!("electron_queue_length").set(gauges.queued as f64);
         metrics::gauge!("electron_running").set(gauges.running as f64);
         metrics::gauge!("electron_prefix_cache_bytes").set(gauges.prefix_cache_bytes as f64);

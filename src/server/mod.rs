@@ -59,7 +59,7 @@ use crate::{
         chat_completions::{self, Answering},
         socket,
     },
-    electron::{Electron, Fallback, Remote},
+    electron::{Fallback, Remote},
     engine::{RETRY_AFTER, upstream::Upstreams},
     error::Error,
     session::{Limits, Sessions, store::Memory},
@@ -94,7 +94,7 @@ pub struct App {
 }
 
 /// A model in this process; other models may answer with it, so they hold it too.
-type Own = Arc<OnceLock<Arc<Electron>>>;
+type Own = Arc<OnceLock<Arc<dyn Model>>>;
 
 /// A connection's place among those that the server may have. Whatever the connection becomes holds it.
 #[derive(Clone)]
@@ -156,8 +156,8 @@ impl App {
     ///
     /// # Errors
     /// As [`App::check_agents`].
-    pub fn serve_model(&self, electron: Arc<Electron>) -> Result<(), String> {
-        let _ = self.own.set(electron);
+    pub fn serve_model(&self, model: Arc<dyn Model>) -> Result<(), String> {
+        let _ = self.own.set(model);
         self.check_agents()
     }
 
@@ -241,7 +241,7 @@ fn remotes(config: &Config, own: &Own) -> Result<BTreeMap<String, Arc<Remote>>, 
             None if settings.fallback.is_empty() => None,
             None => {
                 let own = own.clone();
-                Some(Box::new(move || own.get().map(|own| own.clone() as Arc<dyn Model>)))
+                Some(Box::new(move || own.get().cloned()))
             }
         };
         made.insert(name.clone(), Arc::new(Remote::new(Upstreams::new(name, settings.clone())?, fallback)));

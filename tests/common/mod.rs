@@ -46,7 +46,7 @@ pub struct Server {
 impl Server {
     pub async fn start(mut config: Config) -> Self {
         config.server.listen.set_port(0);
-        let electron = Arc::new(model::load(&config.model).await.unwrap());
+        let electron = model::load(&config.model).await.unwrap();
         let listener = server::bind(config.server.listen).await.unwrap();
         let app = App::new(config.clone(), None, listener.local_addr().unwrap(), Some(KEY)).unwrap();
         app.serve_model(electron.clone()).unwrap();

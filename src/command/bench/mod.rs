@@ -10,7 +10,7 @@ mod talk;
 mod tools;
 mod upstream;
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use futures::{StreamExt, future::join_all};
@@ -19,7 +19,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -130,6 +133,18 @@ struct Sample {
 }
 
 pub(super) async fn run(options: Options) -> Result<(), String> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(|e| format!("signals cannot be received: {e}"))?;
+    let serves = matches!(options.other, Some(Other::Mock(_)));
+    // With the future go the processes that it has started.
+    tokio::select! {
+        measured = measure_all(options) => return measured,
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+    if serves { Ok(()) } else { Err("stopped before all was measured".into()) }
+}
+
+async fn measure_all(options: Options) -> Result<(), String> {
     match options.other {
         Some(Other::Sessions(options)) => return sessions::run(options).await,
         Some(Other::Tools(options)) => return tools::run(options).await,
@@ -146,7 +161,7 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
         Some(url) => targets.push(("server", Target::server(url, &options.server.key)?)),
         None => {
             eprintln!("Loading {} …", config.model.source);
-            let electron = Arc::new(model::load(&config.model).await?);
+            let electron = model::load(&config.model).await?;
             if options.through != Through::Server {
                 targets.push(("engine", Target::Engine(electron.clone())));
             }

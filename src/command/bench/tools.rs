@@ -62,7 +62,7 @@ pub(super) async fn run(options: Options) -> Result<(), String> {
     config.tools.allow_networks = vec![std::net::IpAddr::from([127, 0, 0, 1]).into()];
     config.server.listen = ([127, 0, 0, 1], 0).into();
     eprintln!("Loading {} …", config.model.source);
-    let electron = Arc::new(model::load(&config.model).await?);
+    let electron = model::load(&config.model).await?;
     let listener = server::bind(config.server.listen).await?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let key = server::new_key()?;

@@ -44,9 +44,12 @@ pub(super) struct Options {
     /// Streaming requests a second for the time to the first token.
     #[arg(long, default_value_t = 500)]
     rate: u32,
-    /// The ramp for the highest rate of whole answers: first, last and step, in requests a second.
-    #[arg(long, default_value = "500,4000,250", value_delimiter = ',')]
+    /// The ramp for the highest rate of whole answers, in requests a second.
+    #[arg(long, value_delimiter = ',', default_value = "500,1000,1500,2000,2500,3000,3500,4000")]
     ramp: Vec<u32>,
+    /// The 99th percentile under which a rate is held, in milliseconds.
+    #[arg(long, default_value_t = 5.0)]
+    bound: f64,
     /// How long each step and each measure takes.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
@@ -224,12 +227,11 @@ impl Measure {
                 vec![Row::new("first token", target, load, &outcome, &usage)]
             }
             Self::Rate => {
-                let [first, last, step] = options.ramp[..] else { return Vec::new() };
                 let mut best = None;
-                for rate in (first..=last).step_by(step.max(1) as usize) {
+                for &rate in &options.ramp {
                     let (outcome, usage) = target.arrivals(rate, false, options).await;
                     let row = Row::new("whole answer", target, format!("{rate} requests/s"), &outcome, &usage);
-                    let good = row.errors == 0 && row.p99_ms < 5.0;
+                    let good = row.errors == 0 && row.p99_ms < options.bound;
                     if good {
                         best = Some(row);
                         continue;

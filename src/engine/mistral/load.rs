@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 
 use super::convert::{self, Prepared};
 use crate::config::Weights;
-use crate::engine::{ChatTemplate, ModelInfo, Vocabulary};
+use crate::engine::token::{ChatTemplate, ModelInfo, Vocabulary};
 
 /// A loaded model and what is known of it.
 pub(super) struct Loaded {

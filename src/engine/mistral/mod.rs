@@ -34,8 +34,15 @@ use self::{
     queue::{Class, Queue, Waiting},
     sampler::{Endings, Events, Sampler, Sentinel},
 };
-use super::{Gauges, Generation, ModelInfo, RETRY_AFTER, TokenEngine, TokenEvent, TokenFinish, Tokens};
-use crate::{config::Weights, error::Error, turn::Readiness};
+use super::{
+    RETRY_AFTER,
+    token::{Generation, ModelInfo, TokenEngine, TokenEvent, TokenFinish, Tokens},
+};
+use crate::{
+    config::Weights,
+    error::Error,
+    turn::{Gauges, Readiness},
+};
 
 /// How the engine runs.
 #[derive(Clone, Debug)]

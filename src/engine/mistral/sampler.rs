@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    engine::{Flow, Guide, Logprob, Token, TokenEvent, TokenFinish},
+    engine::token::{Flow, Guide, Logprob, Token, TokenEvent, TokenFinish},
     error::Error,
     turn::Sampling,
 };

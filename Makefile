@@ -14,7 +14,7 @@ run: build            ## Get the default model, build, and serve on 127.0.0.1:80
 test: lint rust-tests client-tests   ## Formatting, lints, Rust tests, other people's clients.
 
 build: tools
-	@echo "Building; the first time takes about 15 minutes on two cores."
+	@echo "Building; the first time takes 15 to 30 minutes on two cores."
 	cargo build --locked
 
 # What the build and the tests need besides Rust. Looks first, installs only what is missing.

@@ -141,7 +141,7 @@ def attention(_module, q, k, v, _mask, scaling, **_others):
 
 
 def keep_memory():
-    """Has the C library hand freed memory to the next step, which saves up to a quarter of a step."""
+    """Has the C library hand freed memory to the next step, instead of giving it back and asking again."""
     trim_threshold, mmap_max = -1, -4
     library = ctypes.CDLL(None)
     library.mallopt(mmap_max, 0)

@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "4761b3daf202c491a4a356e9b99df2bbc03707e7a69f5a7434312cdb26cfbaca",
+            sha256: "b6067bca8b2e72eccb224681b09cb1a20c65f59b925529f310b7a9ff7559a982",
         },
     },
     Known {

@@ -20,6 +20,7 @@ use candle_core::{
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::without_frames;
 use crate::config::Weights;
 
 /// Where the weights are to be loaded from.
@@ -120,7 +121,7 @@ fn remove(path: &Path) -> Result<(), Fault> {
 }
 
 pub(super) fn at(path: &Path, e: impl std::fmt::Display) -> Fault {
-    format!("{}: {e}", path.display())
+    format!("{}: {}", path.display(), without_frames(e))
 }
 
 /// How a family of models is laid out in safetensors.

@@ -11,7 +11,10 @@ use std::{collections::HashMap, fs, path::Path};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::convert::{Prepared, at, prepare, progress};
+use super::{
+    convert::{Prepared, at, prepare, progress},
+    without_frames,
+};
 use crate::config::Weights;
 
 /// The file that holds a folder's weights.
@@ -33,7 +36,7 @@ pub fn merge(gguf: &Path, parts: &[&[u8]], out: &Path) -> Result<(), String> {
     let mut delta = HashMap::new();
     for part in parts {
         let part = candle_core::safetensors::load_buffer(part, &Device::Cpu);
-        delta.extend(part.map_err(|e| format!("the delta is no safetensors file: {e}"))?);
+        delta.extend(part.map_err(|e| format!("the delta is no safetensors file: {}", without_frames(e)))?);
     }
     let bar = progress("Merging the delta", delta.len() as u64);
     let mut changed = 0;

@@ -8,7 +8,10 @@ use mistralrs_core::{
 };
 use tokio::sync::Mutex;
 
-use super::convert::{self, Prepared};
+use super::{
+    convert::{self, Prepared},
+    without_frames,
+};
 use crate::config::Weights;
 use crate::engine::token::{ChatTemplate, ModelInfo, Vocabulary};
 
@@ -31,7 +34,7 @@ pub(super) struct Loaded {
 /// A text for the operator: which file, what is wrong with it, and what to do.
 pub(super) fn load(source: &str, weights: Weights) -> Result<Loaded, String> {
     let started = Instant::now();
-    let device = mistralrs::best_device(false).map_err(|e| e.to_string())?;
+    let device = mistralrs::best_device(false).map_err(without_frames)?;
     let path = Path::new(source);
     let prepared = if path.is_dir() {
         Some(Prepared::Folder(path.to_owned()))
@@ -66,7 +69,7 @@ pub(super) fn load(source: &str, weights: Weights) -> Result<Loaded, String> {
             )
         })
         .transpose()
-        .map_err(|e| e.to_string())?;
+        .map_err(without_frames)?;
     let dtype = if device.is_cpu() { ModelDType::F32 } else { ModelDType::Auto };
     // The loader panics on some broken files instead of returning an error.
     let pipeline = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -82,7 +85,7 @@ pub(super) fn load(source: &str, weights: Weights) -> Result<Loaded, String> {
         )
     }))
     .map_err(|_| format!("{source}: the files could not be read; they may be incomplete, get them again"))?
-    .map_err(|e| format!("{source}: {e:#}"))?;
+    .map_err(|e| format!("{source}: {}", without_frames(e)))?;
     let architecture = prepared.as_ref().and_then(convert::architecture).unwrap_or_else(|| "unknown".into());
     let loaded = describe(source, architecture, pipeline, paged.is_some())?;
     tracing::info!(
@@ -109,7 +112,7 @@ fn folder_loader(model: &str) -> Result<Box<dyn Loader>, String> {
     };
     NormalLoaderBuilder::new(config, None, None, Some(model.to_owned()), false, None)
         .build(None)
-        .map_err(|e| format!("{model}: {e:#}"))
+        .map_err(|e| format!("{model}: {}", without_frames(e)))
 }
 
 /// Texts with which models end a turn, beside the one that their file names.

@@ -537,12 +537,22 @@ impl Dispatcher {
         drop(sender);
         match answer.recv().await {
             Some(Response::CompletionDone(_)) => Ok(()),
-            Some(Response::CompletionModelError(why, _)) => Err(Failure::Request(why)),
-            Some(Response::InternalError(e) | Response::ValidationError(e)) => Err(Failure::Request(e.to_string())),
+            Some(Response::CompletionModelError(why, _)) => Err(Failure::Request(without_frames(why))),
+            Some(Response::InternalError(e) | Response::ValidationError(e)) => Err(Failure::Request(without_frames(e))),
             Some(_) => Err(Failure::Request("an answer of an unknown kind".into())),
             None => Err(Failure::Engine("the engine's thread died".into())),
         }
     }
+}
+
+/// The text of an error, without the backtrace that the engine's crates put into it where `RUST_BACKTRACE` is set.
+fn without_frames(e: impl std::fmt::Display) -> String {
+    let frame = |line: &&str| {
+        let text = line.trim_start();
+        let number = text.trim_start_matches(|c: char| c.is_ascii_digit());
+        text.len() < line.len() && (text.starts_with("at ") || number.len() < text.len() && number.starts_with(": "))
+    };
+    format!("{e:#}").lines().filter(|line| !frame(line)).collect::<Vec<_>>().join("\n").trim_end().to_owned()
 }
 
 /// Why a request to the engine did not end well.
@@ -551,4 +561,17 @@ enum Failure {
     Request(String),
     /// The engine is broken.
     Engine(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_frames;
+
+    #[test]
+    fn a_backtrace_is_left_out_of_an_error_and_nothing_else_is() {
+        let text = "bad file\n   0: candle_core::error::Error::bt\n             at /src/error.rs:1:2\n  12: main\n";
+        assert_eq!(without_frames(text), "bad file");
+        let kept = "line 3: no such field\n  it has two\nat last";
+        assert_eq!(without_frames(kept), kept);
+    }
 }

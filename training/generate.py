@@ -18,6 +18,7 @@ import sys
 import general
 from domain import Tool, folder, strings
 from invented import invent
+from sketch import sketched, sketches
 from values import PLACE, Value, draw, places, schema_of
 
 VOICE_ROLES = [
@@ -71,8 +72,12 @@ PARTS = {
 }
 # The same where something is learned: more of what is hard.
 LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 16}
-# Share of the conversations that are learned from whose business is made up.
-INVENTED = 0.35
+# Single requests, where it is learned which tool is meant.
+REQUESTS = {"call": 62, "missing": 12, "two": 5, "chain": 7, "fact": 4, "refuse": 4, "absent": 6}
+# Shares of the conversations that are learned from whose business is made up, and is sketched; the others' are written.
+INVENTED, SKETCHED = 0.15, 0.6
+# Share of the single requests that end with the call.
+CUT = 0.75
 
 
 class Conversation:
@@ -208,7 +213,8 @@ class Conversation:
         return {key: values[back[key]].json for key in schema["properties"] if back[key] in named}
 
     def fillers(self, tool: Tool):
-        return tool.filler if self.rng.random() < 0.85 else general.FILLERS
+        # A filler that fits is half of the way to the right tool, so few of those that are learned fit any.
+        return tool.filler if self.rng.random() < (0.85 if self.strict else 0.96) else general.FILLERS
 
     def facts(self, values: dict, results, answers):
         """What every wording of the answer says of the values that the results brought, as it is told."""
@@ -403,6 +409,23 @@ class Conversation:
             getattr(self, kind)()
         if self.rng.random() < 0.15:
             self.small(general.REPLIES)
+        return self.record()
+
+    def requests(self, count: int) -> list:
+        """So many conversations of one request each, which begin with the same instructions and tools."""
+        self.instruct()
+        begun, made = self.messages, []
+        for _ in range(count):
+            self.messages, self.turns = [*begun], []
+            [kind] = self.rng.choices(list(REQUESTS), REQUESTS.values())
+            getattr(self, kind)()
+            calls = [at for at, message in enumerate(self.messages) if "tool_calls" in message]
+            if len(calls) == 1 and self.rng.random() < CUT:
+                del self.messages[calls[0] + 1 :]
+            made.append(self.record())
+        return made
+
+    def record(self):
         record = {"domain": self.domain.name, "voice": self.voice, "messages": self.messages}
         if self.tools:
             record["tools"] = self.tools
@@ -416,19 +439,40 @@ def camel(name):
 
 def conversations(domains: list, others: list, count: int, seed: int, held_out=False):
     """So many conversations, the domains in turn. `others` lend tools that nobody asks for."""
+    short = [] if held_out else sketches()
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         domain = domains[number % len(domains)]
         lenders = [other for other in others if other is not domain]
         if not held_out:
-            lenders = [*rng.sample(lenders, 3), *(invent(rng) for _ in range(2))]
-            if rng.random() < INVENTED:
-                domain = invent(rng)
+            domain, lenders = learned(rng, domain, lenders, short)
         bare = not held_out and rng.random() < 0.07
         talk = Conversation(rng, domain, lenders, held_out, bare)
         # Held-out conversations are those of callers; those that are learned from say more for each prompt.
         parts = [50, 35, 15, 0, 0] if held_out else [20, 25, 25, 15, 15]
         yield talk.make(rng.choices([1, 2, 3, 4, 5], parts)[0])
+
+
+def requests(domains: list, count: int, each: int, seed: int):
+    """So many groups of single requests to learn from, each group of one business, with the same instructions and tools."""
+    short = sketches()
+    for number in range(count):
+        rng = random.Random(f"{seed}/requests/{number}")
+        domain = domains[number % len(domains)]
+        domain, lenders = learned(rng, domain, [other for other in domains if other is not domain], short)
+        yield Conversation(rng, domain, lenders, strict=False, bare=False).requests(each)
+
+
+def learned(rng, domain, others, short):
+    """A business to learn from, in a share of cases the written one, and those that lend tools."""
+    lenders = [*rng.sample(others, 3), *(invent(rng) for _ in range(2))]
+    lenders += [sketched(rng, sketch) for sketch in rng.sample(short, min(2, len(short)))]
+    way = rng.random()
+    if way < INVENTED:
+        domain = invent(rng)
+    elif way < INVENTED + SKETCHED and short:
+        domain = sketched(rng, rng.choice(short))
+    return domain, lenders
 
 
 def main():

@@ -105,6 +105,12 @@ SAID = {
     "color": ["in {%}", "the {%} one", "make it {%}"],
     "size": ["in {%}", "size {%}", "the {%} size"],
 }
+# What is asked for where a parameter is of such a kind.
+ASKED = {
+    "digits": "id", "code": "id", "weekday": "day", "date": "day", "time": "time", "name": "name", "first_name": "name",
+    "last_name": "name", "phone": "phone", "email": "email", "int": "count", "money": "amount", "city": "city",
+    "address": "address", "enum": "kind", "text": "kind",
+}  # fmt: skip
 KIND = {
     "time": "time:8-19", "name": "name", "phone": "phone", "email": "email", "city": "city", "address": "address",
     "days": "int:2-14", "amount": "money:20-900",
@@ -567,6 +573,15 @@ class Made:
                     return made
         return made
 
+    def small_talk(self, thing):
+        """What is asked that no tool answers: facts of the instructions, and what is refused."""
+        facts = []
+        for fact, users, answers, kind in self.some(FACTS, 4):
+            a = draw(self.rng, kind, datetime.date(2026, 1, 1)).told if kind else ""
+            facts.append(Said([u.format(a=a.lower()) for u in users], [t.format(a=a) for t in answers], fact.format(a=a)))
+        about = [text.format(a=article(thing)) for text in REFUSED]
+        return facts, [Said(users, self.some(about, 3)) for users in self.some(REFUSE, 4)]
+
     # --- the whole ---
 
     def make(self) -> Domain:
@@ -587,12 +602,7 @@ class Made:
             tool, listed = self.tool(action, thing)
             cores = [core.format(n=thing, a=article(thing)) for core in action[3]]
             made.append((tool, listed, thing, cores, action[0]))
-        facts = []
-        for fact, users, answers, kind in self.some(FACTS, 4):
-            a = draw(rng, kind, datetime.date(2026, 1, 1)).told if kind else ""
-            facts.append(Said([u.format(a=a.lower()) for u in users], [t.format(a=a) for t in answers], fact.format(a=a)))
-        about = [text.format(a=article(self.things[0])) for text in REFUSED]
-        refuse = [Said(users, self.some(about, 3)) for users in self.some(REFUSE, 4)]
+        facts, refuse = self.small_talk(self.things[0])
         label = f"{rng.choice(NAMES)} {' '.join(word.capitalize() for word in self.business.split())}"
         return Domain(
             name="invented",

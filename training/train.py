@@ -4,7 +4,7 @@
 
 The base is the folder that `electron-gateway model pull` leaves behind, and the prompts are rendered and tokenized by
 that program, so that what is trained is what is served. Only what the agent says is learned, by all weights but those of
-the embeddings. Beside it, each step asks questions about anything, where the model learns to be as sure of each word as the
+the embeddings. Many requests to one business are learned from at once, the prompt that they share being read once. Beside it, each step asks questions about anything, where the model learns to be as sure of each word as the
 base is, which keeps it from forgetting all else.
 """
 
@@ -20,7 +20,7 @@ import time
 import torch
 from domain import FOLDER, folder
 from general_answers import FAST
-from generate import conversations
+from generate import conversations, requests
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,9 +28,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Longest conversation in tokens; longer ones are left out.
 LONGEST = 896
 # Tokens of questions about anything, and their answers, in a step.
-GENERAL = 384
+GENERAL = 256
 # A token of a call counts as much as so many of what is said: there is one right call, and many right words.
-CALL = 2.0
+CALL = 4.0
+# Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
+REQUESTS = 14
 
 
 def render(gateway, base, records):
@@ -42,6 +44,8 @@ def render(gateway, base, records):
         raise SystemExit(done.stderr)
     rendered = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rendered) == len(records)
+    for r, record in zip(rendered, records, strict=True):
+        r["group"] = record.get("group")
     # A prompt that the gateway takes for a voice agent's has to be one, and the other way round.
     fits = [
         r
@@ -49,6 +53,35 @@ def render(gateway, base, records):
         if "tools" not in record or record["voice"] == r["speaks"]
     ]
     return [r for r in fits if len(r["tokens"]) <= LONGEST]
+
+
+def packed(group):
+    """One example out of several conversations that begin alike: how they begin stands there once.
+
+    `branches` tells for each token whose it is: 0 is everybody's, and no conversation sees what is of another.
+    """
+    whole = [example["tokens"] for example in group]
+    most = min(example["answers"][0]["start"] for example in group) - 1
+    shared = next((at for at in range(most) if len({tokens[at] for tokens in whole}) > 1), most)
+    made = {"tokens": whole[0][:shared], "places": list(range(shared)), "branches": [0] * shared, "answers": []}
+    for branch, example in enumerate(group, 1):
+        own, moved = len(example["tokens"]) - shared, len(made["tokens"]) - shared
+        if len(made["tokens"]) + own > LONGEST:
+            break
+        made["tokens"] += example["tokens"][shared:]
+        made["places"] += range(shared, shared + own)
+        made["branches"] += [branch] * own
+        made["answers"] += [{"start": a["start"] + moved, "end": a["end"] + moved} for a in example["answers"]]
+    return made
+
+
+def grouped(gateway, base, groups):
+    """Groups of single requests, each packed into one example."""
+    records = [{**record, "group": number} for number, group in enumerate(groups) for record in group]
+    found = {}
+    for example in render(gateway, base, records):
+        found.setdefault(example["group"], []).append(example)
+    return [packed(group) for group in found.values()]
 
 
 def general():
@@ -78,17 +111,21 @@ def forever(examples, tokens, rng):
 
 
 def tensors(batch, call):
-    """Inputs, and for each trained token where it is predicted, what it is, and how much it counts.
+    """What the model is given, and for each trained token where it is predicted, what it is, and how much it counts.
 
     `call` is the token that begins a call.
     """
     # Kernels are faster at multiples of 32.
     longest = -(-max(len(example["tokens"]) for example in batch) // 32) * 32
-    inputs = torch.zeros(len(batch), longest, dtype=torch.long)
+    inputs, places, branches = torch.zeros(3, len(batch), longest, dtype=torch.long)
+    places += torch.arange(longest)
     rows, columns, targets, counts = [], [], [], []
     for row, example in enumerate(batch):
         tokens = example["tokens"]
         inputs[row, : len(tokens)] = torch.tensor(tokens)
+        if "branches" in example:
+            places[row, : len(tokens)] = torch.tensor(example["places"])
+            branches[row, : len(tokens)] = torch.tensor(example["branches"])
         for start, end in ((answer["start"], answer["end"]) for answer in example["answers"]):
             answer = tokens[start:end]
             words = answer.index(call) if call in answer else len(answer)
@@ -96,25 +133,33 @@ def tensors(batch, call):
             columns += range(start - 1, end - 1)
             targets += answer
             counts += [1.0] * words + [CALL] * (len(answer) - words)
-    return inputs, (torch.tensor(rows), torch.tensor(columns)), torch.tensor(targets), torch.tensor(counts)
+    given = {"input_ids": inputs, "position_ids": places, "use_cache": False}
+    if branches.any():
+        seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+        seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
+        given["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
+    return given, (torch.tensor(rows), torch.tensor(columns)), torch.tensor(targets), torch.tensor(counts)
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention whose backward pass is made of whole products: faster than PyTorch's own, in bfloat16."""
+    """Attention whose backward pass is made of whole products: faster than PyTorch's own, in bfloat16.
+
+    It is causal where no mask is given.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, scale):
+    def forward(ctx, q, k, v, mask, scale):
         times = q.shape[1] // k.shape[1]
         wide = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = flash(q, *wide, 0.0, True, scale=scale)
-        ctx.save_for_backward(q, k, v, out, sums)
+        out, sums = flash(q, *wide, 0.0, mask is None, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, out, sums)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, sums = ctx.saved_tensors
+        q, k, v, mask, out, sums = ctx.saved_tensors
         batch, heads, length, size = q.shape
         groups = batch * k.shape[1]
         times = heads // k.shape[1]
@@ -123,8 +168,10 @@ class Attention(torch.autograd.Function):
         q, out, grad = (t.reshape(groups, times * length, size) for t in (q, out, grad))
         k, v = (t.reshape(groups, length, size) for t in (k, v))
         at = torch.arange(length)
+        # Of a mask each row of the batch has one, which is that of all its heads.
+        seen = (at <= at[:, None])[None] if mask is None else (mask[:, 0] == 0).repeat_interleave(groups // batch, 0)
         scores = torch.bmm(q, k.transpose(1, 2)).view(square).float() * ctx.scale
-        shares = torch.where(at[None, :] <= at[:, None], torch.exp(scores - sums.reshape(groups, times, length, 1)), 0.0)
+        shares = torch.where(seen[:, None], torch.exp(scores - sums.reshape(groups, times, length, 1)), 0.0)
         mean = (grad.float() * out.float()).sum(-1).view(groups, times, length, 1)
         change = torch.bmm(grad, v.transpose(1, 2)).view(square).float() - mean
         change = (shares * change * ctx.scale).to(q.dtype).view(flat)
@@ -132,11 +179,12 @@ class Attention(torch.autograd.Function):
         of_v = torch.bmm(shares.transpose(1, 2), grad).view(batch, -1, length, size)
         of_q = torch.bmm(change, k).view(batch, heads, length, size)
         of_k = torch.bmm(change.transpose(1, 2), q).view(batch, -1, length, size)
-        return of_q, of_k, of_v, None
+        return of_q, of_k, of_v, None, None
 
 
-def attention(_module, q, k, v, _mask, scaling, **_others):
-    out = Attention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16(), scaling)
+def attention(_module, q, k, v, mask, scaling, **_others):
+    mask = None if mask is None else mask.bfloat16()
+    out = Attention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -162,6 +210,7 @@ def main():
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--from", dest="start", type=pathlib.Path, metavar="FILE", help="weights to go on from")
     parser.add_argument("--count", type=int, default=9000, help="conversations, of which --steps may leave some out")
+    parser.add_argument("--groups", type=int, default=5000, help="of single requests, the same")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=3e-4)
@@ -176,11 +225,15 @@ def main():
     domains = folder("domains")
     records = list(conversations(domains, domains, options.count, options.seed))
     others = general()
-    print(f"rendering {len(records)} conversations and {len(others)} general questions", flush=True)
-    steps = batches(render(options.gateway, options.base, records), options.tokens, rng)[: options.steps]
+    groups = list(requests(domains, options.groups, REQUESTS, options.seed))
+    all_of_it = f"{len(records)} conversations, {len(groups)} groups of requests, {len(others)} general questions"
+    print(f"rendering {all_of_it}", flush=True)
+    learned = render(options.gateway, options.base, records) + grouped(options.gateway, options.base, groups)
+    steps = batches(learned, options.tokens, rng)[: options.steps]
     others = forever(render(options.gateway, options.base, [{"voice": False, **other} for other in others]), GENERAL, rng)
     total = sum(len(example["tokens"]) for batch in steps for example in batch)
-    print(f"{sum(map(len, steps))} conversations, {total} tokens, {len(steps)} steps", flush=True)
+    answers = sum(len(example["answers"]) for batch in steps for example in batch)
+    print(f"{answers} answers in {sum(map(len, steps))} texts of {total} tokens, {len(steps)} steps", flush=True)
 
     call = AutoTokenizer.from_pretrained(options.base).convert_tokens_to_ids("<")
     ALL_ATTENTION_FUNCTIONS.register("whole", attention)
@@ -206,19 +259,19 @@ def main():
     began, recent, distances = time.monotonic(), [], []
     with (options.out / "loss.jsonl").open("w") as log:
         for step, batch in enumerate(steps, 1):
-            inputs, at, targets, counts = tensors(batch, call)
+            given, at, targets, counts = tensors(batch, call)
             with narrowed:
-                logits = head(inner(input_ids=inputs, use_cache=False).last_hidden_state[at])
+                logits = head(inner(**given).last_hidden_state[at])
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts
             (losses.sum() / counts.sum()).backward()
             recent.append(losses.sum().item() / counts.sum().item())
-            inputs, at, _, _ = tensors(next(others), call)
+            given, at, _, _ = tensors(next(others), call)
             with narrowed:
-                logits = head(inner(input_ids=inputs, use_cache=False).last_hidden_state[at])
+                logits = head(inner(**given).last_hidden_state[at])
             with torch.no_grad():
-                wanted = teacher.lm_head(teacher.model(inputs).last_hidden_state[at])
-            wanted, given = (torch.log_softmax(values.float(), -1) for values in (wanted, logits))
-            away = torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
+                wanted = teacher.lm_head(teacher.model(**given).last_hidden_state[at])
+            wanted, said = (torch.log_softmax(values.float(), -1) for values in (wanted, logits))
+            away = torch.nn.functional.kl_div(said, wanted, reduction="batchmean", log_target=True)
             away.backward()
             distances.append(away.item())
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -1,0 +1,98 @@
+"""Sketched businesses: what callers say and which tool they need is written by hand, what the tools return is made up.
+
+A file of `sketches/` has many; `README.md` has its fields. Run this file to check some: `python sketch.py FILE …`.
+"""
+
+import datetime
+import pathlib
+import random
+import sys
+import tomllib
+
+from domain import FOLDER, Domain, Param, Tool, check
+from invented import ASK, ASKED, Made
+
+# Longest description and longest filler, in characters.
+ABOUT, FILLER = 100, 60
+
+
+def sketches() -> list:
+    """All sketches, in the order of their files."""
+    return [each for path in sorted((FOLDER / "sketches").glob("*.toml")) for each in read(path)]
+
+
+def read(path) -> list:
+    """Reads the sketches of a file.
+
+    Raises `ValueError` with all their faults.
+    """
+    path = pathlib.Path(path)
+    found, faults = tomllib.loads(path.read_text())["business"], []
+    for sketch in found:
+        where = f"{path.name}: {sketch.get('called', ['no name'])[0]}"
+        try:
+            faults += [f"{where}: {fault}" for fault in faults_of(sketch)]
+        except (KeyError, ValueError, IndexError) as fault:
+            faults.append(f"{where}: {type(fault).__name__} {fault}")
+    if faults:
+        raise ValueError("\n".join(faults))
+    return found
+
+
+def faults_of(sketch):
+    """What is wrong with a sketch."""
+    names = [name for tool in sketch["tool"] for name in tool["names"]]
+    yield from (f"the tool name {name} is there twice" for name in sorted({n for n in names if names.count(n) > 1}))
+    for tool in sketch["tool"]:
+        yield from (f"{tool['names'][0]}: too long: {text!r}" for text in tool["about"] if len(text) > ABOUT)
+        yield from (f"{tool['names'][0]}: too long: {text!r}" for text in tool["filler"] if len(text) > FILLER)
+        if len(tool["users"]) < 5 or len(tool["filler"]) < 2 or len(tool["names"]) < 3:
+            yield f"{tool['names'][0]}: at least 5 users, 2 filler and 3 names are wanted"
+    for fault in check(sketched(random.Random(1), sketch)):
+        if " are wanted" not in fault or "partial" in fault:
+            yield fault
+
+
+def param(rng, line: str) -> Param:
+    """A parameter out of `name|other name: kind`, with a `?` before it if it is optional."""
+    names, _, kind = line.partition(":")
+    optional, names, kind = names.startswith("?"), names.strip(" ?").split("|"), kind.strip()
+    asked = ASKED.get(kind.partition(":")[0], "kind")
+    noun = names[0].replace("_", " ")
+    ways = [*(text.format(n=noun) for text in ASK[asked]), f"What's the {noun}?", f"Could you tell me the {noun}?"]
+    return Param(names, kind, [noun.capitalize()], optional, rng.sample(ways, min(4, len(ways))))
+
+
+def sketched(rng: random.Random, sketch: dict) -> Domain:
+    """The business of a sketch, with results and small talk that are made up anew each time."""
+    made = Made(rng)
+    tools = [
+        Tool(
+            names=tool["names"],
+            about=tool["about"],
+            users=tool["users"],
+            filler=tool["filler"],
+            outcome=[made.outcome("", "request") for _ in range(3)],
+            partial=tool.get("partial", []),
+            param=[param(rng, line) for line in tool["params"]],
+        )
+        for tool in sketch["tool"]
+    ]
+    facts, refuse = made.small_talk("request")
+    return Domain("sketched", sketch["called"], tools, facts, refuse)
+
+
+def main(paths):
+    faults = 0
+    for path in paths:
+        try:
+            found = read(path)
+            print(f"{path}: {len(found)} businesses, {sum(len(sketch['tool']) for sketch in found)} tools")
+        except (ValueError, KeyError) as fault:
+            faults += 1
+            print(fault)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -36,8 +36,9 @@ def of_domains(domains):
 def of_sketches():
     """Names and sentences of sketches."""
     tools = [tool for sketch in sketches() for tool in sketch["tool"]]
-    names = [text for tool in tools for text in tool["names"]]
-    return names, [text for tool in tools for text in [*tool["users"], *tool.get("partial", [])]]
+    said = [text for tool in tools for text in [*tool["users"], *tool.get("partial", [])]]
+    said += [text for sketch in sketches() for chain in sketch.get("chain", []) for text in chain["users"]]
+    return [text for tool in tools for text in tool["names"]], said
 
 
 def main():

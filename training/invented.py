@@ -550,28 +550,31 @@ class Made:
                     joint = rng.choice([" and then ", " and after that ", " then ", " and once you have it "])
                     head = self.utterance(rng.choice(first_cores), given, first_thing)
                     users.append(head + joint + self.utterance(rng.choice(second_cores), needs, thing))
-                ref, ident = self.value(), next(name for what, name, o in second_listed if what == "id" and not o)
+                ident = next(name for what, name, o in second_listed if what == "id" and not o)
                 kind = next(param.kind for param in second.param if param.name == ident)
                 key = rng.choice([ident, "reference", "number", "id", "code"])
-                more, said = self.clauses(rng.randint(0, 1), [key])
-                last, said_last = self.clauses(rng.randint(1, 2))
-                of_first = [f"the number is {{{ref}}}", f"you have number {{{ref}}}", f"it's under {{{ref}}}"]
-                answers = [
-                    self.joined([rng.choice(of_first), *(rng.choice(ways) for ways in [*said, *said_last])])
-                    for _ in range(3)
-                ]
                 filler = ["Now I'll do the second part.", "That's done, now the next step.", "Got it, now the rest.",
                           "I have it, let me go on.", *(f"Now {text[0].lower()}{text[1:]}" for text in second.filler
                                                         if text.startswith("Let me"))]  # fmt: skip
-                result = self.mixed({key: f"{{{ref}={kind}}}"}, more)
-                steps = [
-                    Step(first.name, result),
-                    Step(second.name, self.mixed({}, last), {ident: f"{{{ref}}}"}, filler),
-                ]
-                made.append(Chain(users, steps, answers))
+                made.append(self.two_steps(users, first.name, second.name, ident, key, kind, filler))
                 if len(made) == 2:
                     return made
         return made
+
+    def two_steps(self, users, first, second, ident, key, kind, filler) -> Chain:
+        """A chain whose first call brings `key`, which the second takes as `ident`, with the filler said between them."""
+        rng, ref = self.rng, self.value()
+        more, said = self.clauses(rng.randint(0, 1), [key])
+        last, said_last = self.clauses(rng.randint(1, 2))
+        of_first = [f"it's {{{ref}}}", f"I found {{{ref}}}", f"that's {{{ref}}}"]
+        if kind.partition(":")[0] in ("digits", "code"):
+            of_first = [f"the number is {{{ref}}}", f"you have number {{{ref}}}", f"it's under {{{ref}}}"]
+        answers = [
+            self.joined([rng.choice(of_first), *(rng.choice(ways) for ways in [*said, *said_last])]) for _ in range(3)
+        ]
+        result = self.mixed({key: f"{{{ref}={kind}}}"}, more)
+        steps = [Step(first, result), Step(second, self.mixed({}, last), {ident: f"{{{ref}}}"}, filler)]
+        return Chain(users, steps, answers)
 
     def small_talk(self, thing):
         """What is asked that no tool answers: facts of the instructions, and what is refused."""

@@ -9,8 +9,9 @@ import random
 import sys
 import tomllib
 
-from domain import FOLDER, Domain, Param, Tool, check
+from domain import FOLDER, Chain, Domain, Param, Step, Tool, check
 from invented import ASK, ASKED, Made
+from values import places
 
 # Longest description and longest filler, in characters.
 ABOUT, FILLER = 100, 60
@@ -48,19 +49,53 @@ def faults_of(sketch):
         yield from (f"{tool['names'][0]}: too long: {text!r}" for text in tool["filler"] if len(text) > FILLER)
         if len(tool["users"]) < 5 or len(tool["filler"]) < 2 or len(tool["names"]) < 3:
             yield f"{tool['names'][0]}: at least 5 users, 2 filler and 3 names are wanted"
+    known = {tool["names"][0] for tool in sketch["tool"]}
+    for chain in sketch.get("chain", []):
+        where = f"chain of {chain['first']} and {chain['then']}"
+        yield from (f"{where}: there is no tool {name}" for name in {chain["first"], chain["then"]} - known)
+        yield from (f"{where}: too long: {text!r}" for text in chain["filler"] if len(text) > FILLER)
+        if len(chain["users"]) < 3 or len(chain["filler"]) < 2:
+            yield f"{where}: at least 3 users and 2 filler are wanted"
+        if not {chain["first"], chain["then"]} <= known:
+            return
+        yield from (f"{where}: {fault}" for fault in unfit(sketch, chain))
     for fault in check(sketched(random.Random(1), sketch)):
         if " are wanted" not in fault or "partial" in fault:
             yield fault
 
 
-def param(rng, line: str) -> Param:
-    """A parameter out of `name|other name: kind`, with a `?` before it if it is optional."""
+def parsed(line: str) -> tuple:
+    """Names, kind and whether it is optional, out of `name|other name: kind`, with a `?` before it if it is."""
     names, _, kind = line.partition(":")
-    optional, names, kind = names.startswith("?"), names.strip(" ?").split("|"), kind.strip()
+    return names.strip(" ?").split("|"), kind.strip(), names.startswith("?")
+
+
+def parameters(sketch, name) -> dict:
+    """Kind and whether it is optional, of each parameter of a tool."""
+    tool = next(tool for tool in sketch["tool"] if tool["names"][0] == name)
+    return {names[0]: (kind, optional) for names, kind, optional in map(parsed, tool["params"])}
+
+
+def param(rng, line: str) -> Param:
+    """A parameter, and how the agent asks for it."""
+    names, kind, optional = parsed(line)
     asked = ASKED.get(kind.partition(":")[0], "kind")
     noun = names[0].replace("_", " ")
     ways = [*(text.format(n=noun) for text in ASK[asked]), f"What's the {noun}?", f"Could you tell me the {noun}?"]
     return Param(names, kind, [noun.capitalize()], optional, rng.sample(ways, min(4, len(ways))))
+
+
+def unfit(sketch, chain):
+    """Which sentences of a chain do not say what its two calls need."""
+    first, then = (parameters(sketch, chain[step]) for step in ("first", "then"))
+    if chain["passes"] not in then:
+        yield f"{chain['then']} has no parameter {chain['passes']}"
+    needed = {n for n, (_, o) in first.items() if not o} | {n for n, (_, o) in then.items() if not o and n != chain["passes"]}
+    allowed = {*first, *then} - ({chain["passes"]} - {*first})
+    for text in chain["users"]:
+        used = {name for name, _ in places(text)}
+        if not needed <= used <= allowed:
+            yield f"{text!r} has to name {needed or 'nothing'}, and may name {allowed or 'nothing'}"
 
 
 def sketched(rng: random.Random, sketch: dict) -> Domain:
@@ -79,7 +114,15 @@ def sketched(rng: random.Random, sketch: dict) -> Domain:
         for tool in sketch["tool"]
     ]
     facts, refuse = made.small_talk("request")
-    return Domain("sketched", sketch["called"], tools, facts, refuse)
+    chains = [chained(made, sketch, chain) for chain in sketch.get("chain", [])]
+    return Domain("sketched", sketch["called"], tools, facts, refuse, chains)
+
+
+def chained(made: Made, sketch, chain) -> Chain:
+    """Two calls, of which the second takes what the first brings."""
+    kind, _ = parameters(sketch, chain["then"])[chain["passes"]]
+    key = made.rng.choice([chain["passes"], chain["passes"], "number" if "digits" in kind or "code" in kind else "found"])
+    return made.two_steps(chain["users"], chain["first"], chain["then"], chain["passes"], key, kind, chain["filler"])
 
 
 def main(paths):

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 # How much an input of general answers counts beside one of conversations.
 BASE = 0.1
 # How many of both are looked at.
-CONVERSATIONS, ANSWERS = 40, 160
+CONVERSATIONS, ANSWERS = 80, 160
 # Added to the mean of the inputs' products, in parts of it, so that it can be inverted where no input goes.
 DAMPING = 0.01
 # The least that a row's weights move, so that none is divided by zero.

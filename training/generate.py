@@ -73,7 +73,7 @@ PARTS = {
 # The same where something is learned: more of what is hard.
 LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 16}
 # Single requests, where it is learned which tool is meant.
-REQUESTS = {"call": 60, "missing": 12, "two": 5, "chain": 9, "fact": 4, "refuse": 4, "absent": 6}
+REQUESTS = {"call": 54, "missing": 18, "two": 5, "chain": 9, "fact": 4, "refuse": 4, "absent": 6}
 # Shares of the conversations that are learned from whose business is made up, and is sketched; the others' are written.
 INVENTED, SKETCHED = 0.15, 0.6
 # Share of the single requests that end with the call.

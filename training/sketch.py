@@ -15,6 +15,8 @@ from values import places
 
 # Longest description and longest filler, in characters.
 ABOUT, FILLER = 100, 60
+# A text of at most so many words behind its article is a thing, and no description.
+THING = 2
 
 
 def sketches() -> list:
@@ -67,7 +69,16 @@ def faults_of(sketch):
 def parsed(line: str) -> tuple:
     """Names, kind and whether it is optional, out of `name|other name: kind`, with a `?` before it if it is."""
     names, _, kind = line.partition(":")
-    return names.strip(" ?").split("|"), kind.strip(), names.startswith("?")
+    kind, _, texts = kind.strip().partition(":")
+    if kind == "text":
+        texts = "|".join(bare(text) for text in texts.split("|"))
+    return names.strip(" ?").split("|"), f"{kind}:{texts}".rstrip(":"), names.startswith("?")
+
+
+def bare(text: str) -> str:
+    """A thing that is said with an article is passed on without: `bookcase=a bookcase`."""
+    article, _, rest = text.partition(" ")
+    return f"{rest}={text}" if article in ("the", "a", "an") and len(rest.split()) <= THING else text
 
 
 def parameters(sketch, name) -> dict:

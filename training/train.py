@@ -29,7 +29,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 LONGEST = 896
 # Tokens of questions about anything, and their answers, in a step.
 GENERAL = 256
-# A token of a call counts as much as so many of what is said: there is one right call, and many right words.
+# A token of a call, and the first of each answer, with which it is decided what it will be, counts as much as so many of what
+# is said: there is one right call, and many right words.
 CALL = 4.0
 # Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
 REQUESTS = 14
@@ -132,7 +133,8 @@ def tensors(batch, call):
             rows += [row] * (end - start)
             columns += range(start - 1, end - 1)
             targets += answer
-            counts += [1.0] * words + [CALL] * (len(answer) - words)
+            decided = min(words, 1)
+            counts += [CALL] * decided + [1.0] * (words - decided) + [CALL] * (len(answer) - words)
     given = {"input_ids": inputs, "position_ids": places, "use_cache": False}
     if branches.any():
         seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])

@@ -222,9 +222,9 @@ def enum(rng, parameter, _today):
 
 
 def text(rng, parameter, _today):
-    """One of several texts, taken as it is said."""
-    value = rng.choice(parameter.split("|"))
-    return Value(value, value, value)
+    """One of several texts, taken as it is said, or as stands before `=`: `bookcase=a bookcase`."""
+    value, _, said = rng.choice(parameter.split("|")).partition("=")
+    return Value(value, said or value, value)
 
 
 KINDS = {

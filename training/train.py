@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Longest conversation in tokens; longer ones are left out.
 LONGEST = 896
 # Tokens of questions about anything, and their answers, in a step.
-GENERAL = 256
+GENERAL = 384
 # A token of a call, and the first of each answer, with which it is decided what it will be, counts as much as so many of what
 # is said: there is one right call, and many right words.
 CALL = 4.0

@@ -33,7 +33,7 @@ GENERAL = 384
 # is said: there is one right call, and many right words.
 CALL = 4.0
 # Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
-REQUESTS = 14
+EACH = 14
 
 
 def render(gateway, base, records):
@@ -227,7 +227,7 @@ def main():
     domains = folder("domains")
     records = list(conversations(domains, domains, options.count, options.seed))
     others = general()
-    groups = list(requests(domains, options.groups, REQUESTS, options.seed))
+    groups = list(requests(domains, options.groups, EACH, options.seed))
     all_of_it = f"{len(records)} conversations, {len(groups)} groups of requests, {len(others)} general questions"
     print(f"rendering {all_of_it}", flush=True)
     learned = render(options.gateway, options.base, records) + grouped(options.gateway, options.base, groups)

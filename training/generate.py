@@ -425,7 +425,8 @@ class Conversation:
             made.append(self.record())
         return made
 
-    def record(self):
+    def record(self) -> dict:
+        """What has been said up to here, as a line of the data."""
         record = {"domain": self.domain.name, "voice": self.voice, "messages": self.messages}
         if self.tools:
             record["tools"] = self.tools

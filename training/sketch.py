@@ -101,8 +101,10 @@ def unfit(sketch, chain):
     first, then = (parameters(sketch, chain[step]) for step in ("first", "then"))
     if chain["passes"] not in then:
         yield f"{chain['then']} has no parameter {chain['passes']}"
-    needed = {n for n, (_, o) in first.items() if not o} | {n for n, (_, o) in then.items() if not o and n != chain["passes"]}
-    allowed = {*first, *then} - ({chain["passes"]} - {*first})
+    # Where both take it, the caller's is the first's.
+    then.pop(chain["passes"], None)
+    both = [*first.items(), *then.items()]
+    needed, allowed = {name for name, (_, optional) in both if not optional}, {name for name, _ in both}
     for text in chain["users"]:
         used = {name for name, _ in places(text)}
         if not needed <= used <= allowed:

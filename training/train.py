@@ -4,8 +4,9 @@
 
 The base is the folder that `electron-gateway model pull` leaves behind, and the prompts are rendered and tokenized by
 that program, so that what is trained is what is served. Only what the agent says is learned, by all weights but those of
-the embeddings. Many requests to one business are learned from at once, the prompt that they share being read once. Beside it, each step asks questions about anything, where the model learns to be as sure of each word as the
-base is, which keeps it from forgetting all else.
+the embeddings. Many requests to one business are learned from at once, the prompt that they share being read once. Beside
+it, each step asks questions about anything, where the model learns to be as sure of each word as the base is, which keeps
+it from forgetting all else.
 """
 
 import argparse

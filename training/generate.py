@@ -14,6 +14,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 
 import general
 from domain import Tool, folder, strings
@@ -73,11 +74,15 @@ PARTS = {
 # The same where something is learned: more of what is hard.
 LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 16}
 # Single requests, where it is learned which tool is meant.
-REQUESTS = {"call": 54, "missing": 18, "two": 5, "chain": 9, "fact": 4, "refuse": 4, "absent": 6}
-# Shares of the conversations that are learned from whose business is made up, and is sketched; the others' are written.
-INVENTED, SKETCHED = 0.15, 0.6
+REQUESTS = {"call": 48, "missing": 21, "two": 5, "chain": 12, "fact": 4, "refuse": 4, "absent": 6}
+# Shares of what is learned from whose business is made up, and is sketched; the others' are written. Of sketches there are
+# fewer in conversations than in single requests, since nobody wrote what their agents say of a result.
+INVENTED = 0.15
+SKETCHED, SKETCHED_REQUESTS = 0.35, 0.6
 # Share of the single requests that end with the call.
 CUT = 0.75
+# Shares of the tools that are learned from with parameters of others that nobody names, and with one less that is required.
+BORROWING, LOOSE = 0.3, 0.15
 
 
 class Conversation:
@@ -91,6 +96,8 @@ class Conversation:
         self.ids = itertools.count(1)
         # Names as this conversation has them: of tools, and of their parameters by those of the domain.
         self.names, self.params, self.tools = {}, {}, []
+        # Tools that do without something here which is asked for elsewhere.
+        self.loose = set()
         self.present = [] if bare else list(domain.tool)
         if len(self.present) > 2 and rng.random() < 0.25:
             self.present = rng.sample(self.present, rng.randint(2, len(self.present) - 1))
@@ -105,11 +112,25 @@ class Conversation:
         rng.shuffle(tools)
         used = set()
         for tool in tools:
-            self.declare(tool, used)
+            self.declare(tool, used, tools)
 
     # --- tools ---
 
-    def declare(self, tool: Tool, used: set):
+    def borrowed(self, tool: Tool, tools: list) -> list:
+        """Parameters of other tools that this one takes here too, if somebody names them, which nobody does."""
+        kinds = {param.kind.partition(":")[0] for param in tool.param}
+        names = {name for param in tool.param for name in param.names}
+        fit = [
+            param
+            for other in tools
+            if other is not tool
+            for param in other.param
+            if param.kind.partition(":")[0] not in kinds - {"enum", "text"} and not names & set(param.names)
+        ]
+        found = {param.name: param for param in self.rng.sample(fit, min(len(fit), self.rng.choice([1, 1, 2])))}
+        return [replace(param, optional=True) for param in found.values()]
+
+    def declare(self, tool: Tool, used: set, tools: list):
         rng = self.rng
         free = [name for name in (self.rename(name) for name in tool.names) if name not in used]
         name = rng.choice(free or [f"{tool.name}_{len(used)}"])
@@ -118,12 +139,14 @@ class Conversation:
             # Nothing but the description tells what it is for.
             name = f"{rng.choice(['tool', 'fn', 'action', 'op'])}_{rng.randrange(1, 99)}"
             if name in used:
-                return self.declare(tool, used)
+                return self.declare(tool, used, tools)
         elif rng.random() < 0.12:
             about = ""
         used.add(name)
         given = {param.name for param in tool.param if not param.optional or rng.random() < 0.7}
         params = [param for param in tool.param if param.name in given]
+        if not self.strict and rng.random() < BORROWING:
+            params += self.borrowed(tool, tools)
         if rng.random() < 0.3:
             rng.shuffle(params)
         style = rng.random()
@@ -139,6 +162,9 @@ class Conversation:
                 schema = {**schema, "description": rng.choice(param.about)}
             properties[key], renamed[param.name] = schema, key
         required = [renamed[param.name] for param in params if not param.optional]
+        if not self.strict and required and rng.random() < LOOSE:
+            required.remove(rng.choice(required))
+            self.loose.add(id(tool))
         schema = {"type": "object", "properties": properties, "required": required}
         function = {"name": name, "parameters": schema}
         if about:
@@ -233,7 +259,7 @@ class Conversation:
         """An utterance; now and then somebody corrects themselves."""
         filled = self.fill(text, values, "spoken")
         names = [name for name, _ in places(text)]
-        if names and self.rng.random() < 0.06:
+        if names and self.rng.random() < (0.06 if self.strict else 0.1):
             name = self.rng.choice(names)
             kind = self.kinds(tool)[name]
             if kind.partition(":")[0] not in ("text", "enum"):
@@ -267,12 +293,16 @@ class Conversation:
         self.agent(answer, "answer", facts, must)
 
     def missing(self):
-        tools = [tool for tool in self.present if tool.partial and self.usable(tool.partial, tool)]
+        tools = [tool for tool in self.present if id(tool) not in self.loose and self.usable(tool.partial, tool)]
         if not tools:
             return self.call()
         tool = self.rng.choice(tools)
         values = self.draw(self.kinds(tool))
         text = self.rng.choice(self.usable(tool.partial, tool))
+        if not self.strict:
+            # The more is missing, the harder it is to wait with the call until all of it is there.
+            other = self.rng.choice(self.usable(tool.partial, tool))
+            text = min(text, other, key=lambda text: len(places(text)))
         named = {name for name, _ in places(text)}
         self.user(self.spoken(tool, text, values))
         for param in tool.param:
@@ -324,7 +354,7 @@ class Conversation:
             kinds = {**self.kinds(here[step.tool]), **kinds}
         values = self.draw({name: kinds[name] for name, _ in places(text)})
         self.user(self.fill(text, values, "spoken"))
-        for at, step in enumerate(chain.steps):
+        for step in chain.steps:
             tool = here[step.tool]
             # What was drawn before goes where the step says, or under its own name.
             given = dict(values)
@@ -446,7 +476,7 @@ def conversations(domains: list, others: list, count: int, seed: int, held_out=F
         domain = domains[number % len(domains)]
         lenders = [other for other in others if other is not domain]
         if not held_out:
-            domain, lenders = learned(rng, domain, lenders, short)
+            domain, lenders = learned(rng, domain, lenders, short, SKETCHED)
         bare = not held_out and rng.random() < 0.07
         talk = Conversation(rng, domain, lenders, held_out, bare)
         # Held-out conversations are those of callers; those that are learned from say more for each prompt.
@@ -460,18 +490,19 @@ def requests(domains: list, count: int, each: int, seed: int):
     for number in range(count):
         rng = random.Random(f"{seed}/requests/{number}")
         domain = domains[number % len(domains)]
-        domain, lenders = learned(rng, domain, [other for other in domains if other is not domain], short)
+        lenders = [other for other in domains if other is not domain]
+        domain, lenders = learned(rng, domain, lenders, short, SKETCHED_REQUESTS)
         yield Conversation(rng, domain, lenders, strict=False, bare=False).requests(each)
 
 
-def learned(rng, domain, others, short):
-    """A business to learn from, in a share of cases the written one, and those that lend tools."""
+def learned(rng, domain, others, short, share):
+    """A business to learn from, one of `short` in this share of cases, and those that lend tools."""
     lenders = [*rng.sample(others, 3), *(invent(rng) for _ in range(2))]
     lenders += [sketched(rng, sketch) for sketch in rng.sample(short, min(2, len(short)))]
     way = rng.random()
     if way < INVENTED:
         domain = invent(rng)
-    elif way < INVENTED + SKETCHED and short:
+    elif way < INVENTED + share and short:
         domain = sketched(rng, rng.choice(short))
     return domain, lenders
 

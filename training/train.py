@@ -6,7 +6,8 @@ The base is the folder that `electron-gateway model pull` leaves behind, and the
 that program, so that what is trained is what is served. Only what the agent says is learned, by all weights but those of
 the embeddings. Many requests to one business are learned from at once, the prompt that they share being read once. Beside
 it, each step asks questions about anything, where the model learns to be as sure of each word as the base is, which keeps
-it from forgetting all else.
+it from forgetting all else; and every few steps the weights go back a little to the base's where conversations need that
+least and general answers most (`inputs.py`).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from domain import FOLDER, folder
 from general_answers import FAST
 from generate import conversations, requests
+from inputs import moments, narrowing, seen_by
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,6 +37,11 @@ GENERAL = 384
 CALL = 4.0
 # Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
 EACH = 14
+# How much an input of general answers counts beside one of conversations when the weights go back, and after how many steps
+# of the full rate they do; where the rate is lower, after more.
+BACK, BACK_EVERY = 0.015, 10
+# Conversations and general answers whose inputs are looked at.
+CONVERSATIONS, ANSWERS = 80, 160
 
 
 def render(gateway, base, records):
@@ -89,6 +96,12 @@ def grouped(gateway, base, groups):
 def general():
     """Questions about anything and answers, made up by the model itself before it was trained."""
     return [json.loads(line) for line in (FOLDER / "general.jsonl").read_text().splitlines()]
+
+
+def talks(seed):
+    """Conversations whose inputs are looked at."""
+    domains = folder("domains")
+    return list(conversations(domains, domains, CONVERSATIONS, seed))
 
 
 def batches(examples, tokens, rng):
@@ -233,19 +246,27 @@ def main():
     print(f"rendering {all_of_it}", flush=True)
     learned = render(options.gateway, options.base, records) + grouped(options.gateway, options.base, groups)
     steps = batches(learned, options.tokens, rng)[: options.steps]
-    others = forever(render(options.gateway, options.base, [{"voice": False, **other} for other in others]), GENERAL, rng)
+    others = render(options.gateway, options.base, [{"voice": False, **other} for other in others])
     total = sum(len(example["tokens"]) for batch in steps for example in batch)
     answers = sum(len(example["answers"]) for batch in steps for example in batch)
     print(f"{answers} answers in {sum(map(len, steps))} texts of {total} tokens, {len(steps)} steps", flush=True)
 
     call = AutoTokenizer.from_pretrained(options.base).convert_tokens_to_ids("<")
-    ALL_ATTENTION_FUNCTIONS.register("whole", attention)
-    way = "whole" if FAST is torch.bfloat16 else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32, attn_implementation=way)
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     if options.start:
         model.load_state_dict(load_file(options.start), strict=False)
     model.requires_grad_(False)
     inner, head = model.model, model.lm_head
+    answered = random.Random(options.seed).sample(others, ANSWERS)
+    print(f"looking at {CONVERSATIONS} conversations and {ANSWERS} general answers", flush=True)
+    shown = (render(options.gateway, options.base, talks(options.seed)), answered)
+    talk, rest = (moments(model, examples) for examples in shown)
+    narrow = {name: narrowing(talk[name], rest[name], BACK).float() for name in talk}
+    del talk, rest
+    ALL_ATTENTION_FUNCTIONS.register("whole", attention)
+    model.set_attn_implementation("whole" if FAST is torch.bfloat16 else "sdpa")
+    origin = load_file(options.base / "model.safetensors")
+    matrices = {name: p for name, p in inner.named_parameters(prefix="model") if p.ndim == 2 and ".layers." in name}
     teacher = AutoModelForCausalLM.from_pretrained(options.base, dtype=FAST).requires_grad_(False)
     for layer in inner.layers:
         layer.requires_grad_(True)
@@ -258,18 +279,19 @@ def main():
         optimizer,
         lambda step: min(1, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / len(steps)))),
     )
-    narrowed = torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST is torch.bfloat16)
-    began, recent, distances = time.monotonic(), [], []
+    fast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST is torch.bfloat16)
+    others = forever(others, GENERAL, rng)
+    began, recent, distances, due = time.monotonic(), [], [], 0.0
     with (options.out / "loss.jsonl").open("w") as log:
         for step, batch in enumerate(steps, 1):
             given, at, targets, counts = tensors(batch, call)
-            with narrowed:
+            with fast:
                 logits = head(inner(**given).last_hidden_state[at])
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts
             (losses.sum() / counts.sum()).backward()
             recent.append(losses.sum().item() / counts.sum().item())
             given, at, _, _ = tensors(next(others), call)
-            with narrowed:
+            with fast:
                 logits = head(inner(**given).last_hidden_state[at])
             with torch.no_grad():
                 wanted = teacher.lm_head(teacher.model(**given).last_hidden_state[at])
@@ -280,7 +302,13 @@ def main():
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            due += scheduler.get_last_lr()[0] / options.rate
             scheduler.step()
+            if due >= BACK_EVERY:
+                due -= BACK_EVERY
+                with torch.no_grad():
+                    for name, p in matrices.items():
+                        p.copy_(origin[name] + (p - origin[name]) @ narrow[seen_by(name)])
             if step % 20 == 0 or step == len(steps):
                 seconds = time.monotonic() - began
                 mean, distance = sum(recent) / len(recent), sum(distances) / len(distances)

@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "b6067bca8b2e72eccb224681b09cb1a20c65f59b925529f310b7a9ff7559a982",
+            sha256: "76ed327b9fe6448ce82fb5c968b43e928563a8e38cb89ac399d804dd24672a04",
         },
     },
     Known {

@@ -104,6 +104,12 @@ def talks(seed):
     return list(conversations(domains, domains, CONVERSATIONS, seed))
 
 
+def narrowings(model, talked, answered):
+    """By which the change of each matrix is multiplied when it goes back, under the name of its inputs."""
+    talk, rest = moments(model, talked), moments(model, answered)
+    return {name: narrowing(talk[name], rest[name], BACK).float() for name in talk}
+
+
 def batches(examples, tokens, rng):
     """Batches of about so many tokens, of examples of about one length."""
     order = sorted(range(len(examples)), key=lambda at: len(examples[at]["tokens"]) + rng.random() * 32)
@@ -257,12 +263,9 @@ def main():
         model.load_state_dict(load_file(options.start), strict=False)
     model.requires_grad_(False)
     inner, head = model.model, model.lm_head
-    answered = random.Random(options.seed).sample(others, ANSWERS)
     print(f"looking at {CONVERSATIONS} conversations and {ANSWERS} general answers", flush=True)
-    shown = (render(options.gateway, options.base, talks(options.seed)), answered)
-    talk, rest = (moments(model, examples) for examples in shown)
-    narrow = {name: narrowing(talk[name], rest[name], BACK).float() for name in talk}
-    del talk, rest
+    talked = render(options.gateway, options.base, talks(options.seed))
+    narrow = narrowings(model, talked, random.Random(options.seed).sample(others, ANSWERS))
     ALL_ATTENTION_FUNCTIONS.register("whole", attention)
     model.set_attn_implementation("whole" if FAST is torch.bfloat16 else "sdpa")
     origin = load_file(options.base / "model.safetensors")

@@ -143,9 +143,14 @@ fn a_new_key_is_shown_once_and_its_hash_is_a_setting() {
 fn sigterm_lets_running_answers_end() {
     run(async {
         let server = Running::start(&[]).await;
-        let mut body = request(PLAIN, "Count from one to thirty, in words.");
+        let mut body = request(PLAIN, "Count from one to thirty.");
         body["stream"] = true.into();
         body["max_tokens"] = 40.into();
+        // Whatever the model would rather say, the answer is longer than that.
+        let thirty = json!({"type": "array", "items": {"type": "integer"}, "minItems": 30});
+        let schema = json!({"type": "object", "properties": {"numbers": thirty}, "required": ["numbers"]});
+        body["response_format"] =
+            json!({"type": "json_schema", "json_schema": {"name": "count", "strict": true, "schema": schema}});
         let mut response = server.post(&body, &[]).await;
         let first = response.chunk().await.unwrap().unwrap();
         assert!(first.starts_with(b"data: "));

@@ -21,15 +21,17 @@ def main():
     parser.add_argument("--gateway", required=True)
     parser.add_argument("--base", required=True, type=pathlib.Path)
     parser.add_argument("--trained", required=True, type=pathlib.Path, help="weights of a run, or of a merged model")
+    parser.add_argument("--held-out", metavar="FOLDER", default="eval", help="whose domains, as in generate.py")
     parser.add_argument("--count", type=int, default=60, help="conversations")
+    parser.add_argument("--seed", type=int, default=7, help="of the conversations")
     options = parser.parse_args()
-    domains = folder("eval")
-    records = list(conversations(domains, domains, options.count, 7, held_out=True))
+    domains = folder(options.held_out)
+    records = list(conversations(domains, domains, options.count, options.seed, held_out=True))
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     opening = tokenizer.convert_tokens_to_ids("<")
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     model.load_state_dict(load_file(options.trained), strict=False)
-    calls, tools, whole, surprise = 0, 0, 0, []
+    calls, tools, whole, surprise = 0, 0, 0, {"tool": 0.0, "arguments": 0.0}
     for example in render(options.gateway, options.base, records):
         tokens = example["tokens"]
         with torch.no_grad():
@@ -44,12 +46,14 @@ def main():
                 at for at in range(len(right)) if "arguments" in tokenizer.decode(tokens[start : start + at + 1])
             )
             wanted = torch.tensor(tokens[start : answer["end"]])
-            surprise.append(torch.nn.functional.cross_entropy(logits[start - 1 : answer["end"] - 1], wanted).item())
+            each = torch.nn.functional.cross_entropy(logits[start - 1 : answer["end"] - 1], wanted, reduction="none")
+            surprise["tool"] += each[:named].sum().item()
+            surprise["arguments"] += each[named:].sum().item()
             calls += 1
             tools += all(right[:named])
             whole += all(right)
-    loss = sum(surprise) / calls
-    print(f"{calls} calls: the right tool in {tools}, all of it right in {whole}; loss of their tokens {loss:.4f}")
+    print(f"{calls} calls: the right tool in {tools}, all of it right in {whole}")
+    print("loss of a call:", ", ".join(f"{part} {loss / calls:.3f}" for part, loss in surprise.items()))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def of_sketches():
 
 
 def main():
-    held_names, held_said = of_domains(folder("eval"))
+    held_names, held_said = of_domains([*folder("eval"), *folder("unseen")])
     names, said = ([*a, *b] for a, b in zip(of_domains(folder("domains")), of_sketches(), strict=True))
     found = 0
     for kind, plain, held, learned in (("name", name, held_names, names), ("sentence", sentence, held_said, said)):

@@ -72,9 +72,9 @@ PARTS = {
     "absent": 4,
 }
 # The same where something is learned: more of what is hard.
-LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 16}
+LEARNED = {**PARTS, "missing": 20, "two": 9, "chain": 20}
 # Single requests, where it is learned which tool is meant.
-REQUESTS = {"call": 48, "missing": 21, "two": 5, "chain": 12, "fact": 4, "refuse": 4, "absent": 6}
+REQUESTS = {"call": 46, "missing": 21, "two": 5, "chain": 16, "fact": 4, "refuse": 4, "absent": 6}
 # Shares of what is learned from whose business is made up, and is sketched; the others' are written. Of sketches there are
 # fewer in conversations than in single requests, since nobody wrote what their agents say of a result.
 INVENTED = 0.15
@@ -511,10 +511,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--held-out", action="store_true", help="domains that no training data has")
+    parser.add_argument(
+        "--held-out",
+        metavar="FOLDER",
+        nargs="?",
+        const="eval",
+        help="conversations of a folder whose domains no training data has; of eval/ if none is named",
+    )
     options = parser.parse_args()
-    domains = folder("eval" if options.held_out else "domains")
-    for record in conversations(domains, domains, options.count, options.seed, options.held_out):
+    domains = folder(options.held_out or "domains")
+    for record in conversations(domains, domains, options.count, options.seed, bool(options.held_out)):
         sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

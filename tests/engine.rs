@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use common::{config, run};
 use electron_gateway::{
@@ -140,7 +143,10 @@ fn an_emptied_prefix_cache_is_noticed_and_answers_stay_right() {
 fn generations_are_served_in_order_and_cancelled_ones_not_at_all() {
     run(async {
         let engine = engine(|_| {}).await;
-        let mut running = engine.generate(generation(&engine, "A long story:", 60, Free(None))).unwrap();
+        // It does not end by itself, whatever the model would rather say.
+        let mut long = generation(&engine, "A long story:", 1000, Free(None));
+        long.sampling.logit_bias = engine.model().vocabulary.end_of_turn().iter().map(|end| (*end, -100.0)).collect();
+        let mut running = engine.generate(long).unwrap();
         let dropped = engine.generate(generation(&engine, "Never", 500, Free(None))).unwrap();
         drop(dropped);
         let last = tokio::spawn({
@@ -148,13 +154,15 @@ fn generations_are_served_in_order_and_cancelled_ones_not_at_all() {
             async move { finish(&engine, generation(&engine, "At last", 2, Free(None))).await.unwrap() }
         });
         // The first is stopped in the middle, and still ends properly.
-        let mut seen = 0;
+        let (mut seen, mut late, mut cancelled) = (0, 0, None);
         loop {
             match running.next().await.unwrap().unwrap() {
-                TokenEvent::Token(_) => {
+                TokenEvent::Token(token) => {
                     seen += 1;
+                    late += usize::from(cancelled.is_some_and(|at| token.at > at));
                     if seen == 3 {
                         running.cancel();
+                        cancelled = Some(Instant::now());
                     }
                 }
                 TokenEvent::Finished(why) => {
@@ -164,7 +172,8 @@ fn generations_are_served_in_order_and_cancelled_ones_not_at_all() {
                 TokenEvent::Started { .. } => {}
             }
         }
-        assert!(seen <= 5, "{seen} tokens came after the cancel");
+        // The step that was under way may bring one.
+        assert!(late <= 1, "{late} tokens were drawn after the cancel");
         assert_eq!(last.await.unwrap().1.len(), 2);
     });
 }

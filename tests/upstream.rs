@@ -506,7 +506,11 @@ fn a_server_that_fails_before_its_first_token_is_an_error_or_passed_over() {
             let (status, after, _) = gateway.outcome(&ask("m", PLAIN)).await;
             statuses.push((status, after));
         }
-        assert!(matches!(statuses.last(), Some((503, Some(after))) if after.parse::<u64>().is_ok()), "{statuses:?}");
+        // Now and then one is let through to find out, and fails.
+        let told = |(status, after): &(u16, Option<String>)| {
+            *status == 503 && after.as_ref().is_some_and(|after| after.parse::<u64>().is_ok())
+        };
+        assert!(statuses.iter().any(told), "{statuses:?}");
     });
 }
 
@@ -758,7 +762,11 @@ fn of_ten_thousand_requests_none_fails_while_servers_come_and_go() {
                     let mut rng = rand::rng();
                     (rng.random_range(0..3), rng.random_range(2..60), rng.random_range(2..30))
                 };
-                servers[at] = None;
+                if let Some(mut server) = servers[at].take() {
+                    server.task.abort();
+                    // Only behind its end is the port free.
+                    let _ = (&mut server.task).await;
+                }
                 kills += 1;
                 tokio::time::sleep(Duration::from_millis(down)).await;
                 servers[at] = Some(Scripted::start_at(addresses[at], script.clone()).await);

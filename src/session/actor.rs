@@ -447,6 +447,10 @@ impl Actor {
         if if_free && self.outlet.as_ref().is_some_and(|outlet| !outlet.sender.is_closed()) {
             return;
         }
+        // A reader that has gone, which was not noticed yet.
+        if self.on_leave != OnLeave::End && self.outlet.as_ref().is_some_and(|outlet| outlet.sender.is_closed()) {
+            self.left();
+        }
         let after = if again {
             let own = self.making.iter().find(|making| making.assembly.response.in_conversation);
             own.and_then(|making| self.log.begin_of(making.assembly.speaking()?))

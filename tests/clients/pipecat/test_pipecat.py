@@ -402,7 +402,7 @@ def test_an_interruption_that_comes_too_late(server, key):
     """What the service cancels is over. An error would be taken for the answer to the next turn."""
 
     async def scene(line):
-        async with Call(service(line.port, key, **LONG)) as call:
+        async with Call(service(line.port, key, **numbers(150, 150))) as call:
             await call.says("Many numbers, please.")
             await call.ear.until(lambda heard: len(heard) >= 3)
             line.hold()

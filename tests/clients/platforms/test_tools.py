@@ -70,7 +70,8 @@ def other_bot():
 def gateway(bot, tmp_path_factory):
     agents = [
         HOST,
-        agent("desk", f"{bot.url}/desk"),
+        # Its calls take as long as a busy machine needs, and nothing is said meanwhile.
+        agent("desk", f"{bot.url}/desk", ', timeout = "90s"', still_waiting_after="0s"),
         agent("pair", f"{bot.url}/pair", max_tokens=96, parallel_tool_calls=True),
         agent("hasty", f"{bot.url}/hasty", ', timeout = "2s"'),
         agent("again", f"{bot.url}/again", ", idempotent = true"),

@@ -18,7 +18,7 @@ def http(server):
 
 
 def body(**fields):
-    return {"model": MODEL, "messages": HELLO, "max_tokens": 1, **fields}
+    return {"model": MODEL, "messages": HELLO, "max_tokens": 1, "temperature": 0, **fields}
 
 
 def check_error(answer, status, kind="invalid_request_error"):

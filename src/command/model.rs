@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "76ed327b9fe6448ce82fb5c968b43e928563a8e38cb89ac399d804dd24672a04",
+            sha256: "e7929ff72f5f710797eada6e36102c0796e149d2816d1ee7ec6d128ec6cb9c15",
         },
     },
     Known {

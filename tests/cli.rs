@@ -289,39 +289,26 @@ fn the_trained_model_speaks_calls_and_answers() {
         assert!(listed.lines().any(|line| line.starts_with("electron-nano  here")), "{listed}");
 
         let server = Running::start(&[]).await;
+        let mut body = request(VOICE, "hi where is my order 1234");
+        body["tools"] = json!([find_order(), tool("book_table", json!({"type": "object"}))]);
+        body["max_tokens"] = 80.into();
         let ask = async |body: &Value| {
             let answer: Value = server.post(body, &[]).await.json().await.unwrap();
             answer["choices"][0]["message"].clone()
         };
-        // Another processor rounds otherwise, which may cost a small model one of them.
-        let (mut heard, mut right) = (Vec::new(), 0);
-        for (asked, order) in [
-            ("hi where is my order 1234", "1234"),
-            ("Can you check order 5678 for me?", "5678"),
-            ("What is the status of order 4321?", "4321"),
-            ("Where is order 9876?", "9876"),
-            ("I would like to know where my order 2468 is.", "2468"),
-        ] {
-            let mut body = request(VOICE, asked);
-            body["tools"] = json!([find_order(), tool("book_table", json!({"type": "object"}))]);
-            body["max_tokens"] = 80.into();
-            let called = ask(&body).await;
-            heard.push(called.clone());
-            let call = &called["tool_calls"][0];
-            let arguments = call["function"]["arguments"].as_str();
-            if call["function"]["name"] != "find_order" || !arguments.is_some_and(|all| all.contains(order)) {
-                continue;
-            }
-            // Whatever the model says, a caller hears something while the tool runs.
-            assert!(called["content"].as_str().is_some_and(|words| !words.is_empty()), "{called}");
-            let result = r#"{"status": "shipped", "arrives": "Friday"}"#;
-            let result = json!({"role": "tool", "tool_call_id": call["id"], "content": result});
-            body["messages"].as_array_mut().unwrap().extend([called.clone(), result]);
-            let answer = ask(&body).await;
-            let tells = answer["content"].as_str().is_some_and(|words| words.contains("Friday"));
-            right += usize::from(answer["tool_calls"].is_null() && tells);
-            heard.push(answer);
-        }
-        assert!(right >= 3, "{right} of 5: {heard:?}");
+        let called = ask(&body).await;
+        assert!(called["content"].as_str().is_some_and(|words| !words.is_empty()), "{called}");
+        let call = &called["tool_calls"][0];
+        assert_eq!(call["function"]["name"], "find_order");
+        assert!(call["function"]["arguments"].as_str().unwrap().contains("1234"), "{called}");
+
+        let messages = body["messages"].as_array_mut().unwrap();
+        let id = call["id"].clone();
+        messages.push(called.clone());
+        messages.push(
+            json!({"role": "tool", "tool_call_id": id, "content": r#"{"status": "shipped", "arrives": "Friday"}"#}),
+        );
+        let answer = ask(&body).await;
+        assert!(answer["tool_calls"].is_null() && answer["content"].as_str().unwrap().contains("Friday"), "{answer}");
     });
 }

@@ -1,4 +1,4 @@
-"""The mean of the weights of several runs, which is better than each of them: what one learned by chance, the others did not.
+"""The mean of the weights of several runs.
 
     python average.py --out FILE FILE…
 """

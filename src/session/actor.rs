@@ -444,11 +444,12 @@ impl Actor {
 
     fn attach(&mut self, attach: Attach) {
         let Attach { outlet, on_leave, after, again, if_free, reply } = attach;
-        if if_free && self.outlet.as_ref().is_some_and(|outlet| !outlet.sender.is_closed()) {
+        let gone = self.outlet.as_ref().map(|outlet| outlet.sender.is_closed());
+        if if_free && gone == Some(false) {
             return;
         }
-        // A reader that has gone, which was not noticed yet.
-        if self.on_leave != OnLeave::End && self.outlet.as_ref().is_some_and(|outlet| outlet.sender.is_closed()) {
+        // An earlier reader's end, which was not noticed yet.
+        if gone == Some(true) && self.on_leave != OnLeave::End {
             self.left();
         }
         let after = if again {

@@ -260,6 +260,40 @@ fn broken_bytes_on_the_wire_do_no_harm() {
 }
 
 #[test]
+fn a_connection_outlives_an_answer_that_comes_before_the_body_is_read() {
+    run(async {
+        let mut socket = TcpStream::connect(SERVER.url.strip_prefix("http://").unwrap()).await.unwrap();
+        for _ in 0..100 {
+            for (path, key, status) in [("chat/completions", "wrong", 401), ("nowhere", KEY, 404)] {
+                let length = 200_000;
+                let head = format!(
+                    "POST /v1/{path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Length: {length}\r\n\r\n"
+                );
+                socket.write_all(head.as_bytes()).await.unwrap();
+                tokio::task::yield_now().await;
+                socket.write_all(&vec![b' '; length]).await.unwrap();
+                let answer = read_answer(&mut socket).await;
+                assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+            }
+        }
+    });
+}
+
+/// The head and body of an answer with a length.
+async fn read_answer(socket: &mut TcpStream) -> String {
+    let mut answer = Vec::new();
+    loop {
+        assert_ne!(socket.read_buf(&mut answer).await.unwrap(), 0, "the connection was closed");
+        let text = String::from_utf8_lossy(&answer).to_lowercase();
+        let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
+        if body.len() == length.parse::<usize>().unwrap() {
+            return String::from_utf8(answer).unwrap();
+        }
+    }
+}
+
+#[test]
 fn the_contract_is_served() {
     run(async {
         let text = SERVER.http.get(format!("{}/openapi.yaml", SERVER.url)).send().await.unwrap().text().await.unwrap();

@@ -7,6 +7,7 @@ mod health;
 mod observe;
 mod sessions;
 pub mod telemetry;
+mod unread;
 
 use std::{
     collections::BTreeMap,
@@ -309,6 +310,7 @@ pub fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(method_not_allowed)
         .layer(cors(&app.config.server.cors_origins))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(app.config.server.read_timeout, unread::drain))
         .layer(middleware::from_fn(observe::observe))
         .with_state(app)
 }
@@ -413,24 +415,18 @@ fn cors(origins: &[String]) -> CorsLayer {
 
 /// The whole body, within its limit of size and time.
 async fn read_body(request: Request, config: &Config) -> Result<Vec<u8>, Error> {
-    /// Bytes that are read and dropped of a body that is too large. A client sends its whole body before it reads the
-    /// answer; were the connection closed on it, it would see that and not the error.
-    const DRAINED: usize = 64 << 20;
     let limit = usize::try_from(config.server.max_body.as_u64()).unwrap_or(usize::MAX);
     let mut stream = request.into_body().into_data_stream();
-    let mut body = Vec::new();
-    let mut length = 0;
     let read = async {
+        let mut body = Vec::new();
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| Error::invalid("body", "the body broke off"))?;
-            length += chunk.len();
-            if length <= limit {
-                body.extend_from_slice(&chunk);
-            } else if length > limit.saturating_add(DRAINED) {
-                break;
+            if body.len() + chunk.len() > limit {
+                return Err(Error::BodyTooLarge { limit });
             }
+            body.extend_from_slice(&chunk);
         }
-        if length > limit { Err(Error::BodyTooLarge { limit }) } else { Ok(body) }
+        Ok(body)
     };
     tokio::time::timeout(config.server.read_timeout, read)
         .await

@@ -39,7 +39,7 @@ CALL = 4.0
 EACH = 14
 # How much an input of general answers counts beside one of conversations when the weights go back, and after how many steps
 # of the full rate they do; where the rate is lower, after more.
-BACK, BACK_EVERY = 0.010, 10
+BACK, BACK_EVERY = 0.007, 10
 # Conversations and general answers whose inputs are looked at.
 CONVERSATIONS, ANSWERS = 80, 160
 

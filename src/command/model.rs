@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "e7929ff72f5f710797eada6e36102c0796e149d2816d1ee7ec6d128ec6cb9c15",
+            sha256: "892cc16922e41b765f1234345e272c9c8157db1e43733642b03f219ae4de6f88",
         },
     },
     Known {

@@ -35,6 +35,8 @@ GENERAL = 384
 # A token of a call, and the first of each answer, with which it is decided what it will be, counts as much as so many of what
 # is said: there is one right call, and many right words.
 CALL = 4.0
+# A token of a tool's name counts as much as so many: the rest of a call follows from it.
+NAME = 12.0
 # Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
 EACH = 14
 # How much an input of general answers counts beside one of conversations when the weights go back, and after how many steps
@@ -131,11 +133,29 @@ def forever(examples, tokens, rng):
         yield from batches(examples, tokens, rng)
 
 
-def tensors(batch, call):
-    """What the model is given, and for each trained token where it is predicted, what it is, and how much it counts.
+class Marks:
+    """The tokens by which the parts of an answer are told apart."""
 
-    `call` is the token that begins a call.
-    """
+    def __init__(self, tokenizer):
+        self.call = tokenizer.convert_tokens_to_ids("<")
+        self.name = tokenizer.encode('{"name": "', add_special_tokens=False)
+        self.behind = tokenizer.convert_tokens_to_ids('",')
+
+    def counts(self, answer):
+        """How much each token of an answer counts."""
+        words = answer.index(self.call) if self.call in answer else len(answer)
+        decided = min(words, 1)
+        counts = [CALL] * decided + [1.0] * (words - decided) + [CALL] * (len(answer) - words)
+        for at in range(words, len(answer)):
+            begins = at + len(self.name)
+            if answer[at:begins] == self.name:
+                ends = answer.index(self.behind, begins)
+                counts[begins:ends] = [NAME] * (ends - begins)
+        return counts
+
+
+def tensors(batch, marks):
+    """What the model is given, and for each trained token where it is predicted, what it is, and how much it counts."""
     # Kernels are faster at multiples of 32.
     longest = -(-max(len(example["tokens"]) for example in batch) // 32) * 32
     inputs, places, branches = torch.zeros(3, len(batch), longest, dtype=torch.long)
@@ -149,12 +169,10 @@ def tensors(batch, call):
             branches[row, : len(tokens)] = torch.tensor(example["branches"])
         for start, end in ((answer["start"], answer["end"]) for answer in example["answers"]):
             answer = tokens[start:end]
-            words = answer.index(call) if call in answer else len(answer)
             rows += [row] * (end - start)
             columns += range(start - 1, end - 1)
             targets += answer
-            decided = min(words, 1)
-            counts += [CALL] * decided + [1.0] * (words - decided) + [CALL] * (len(answer) - words)
+            counts += marks.counts(answer)
     given = {"input_ids": inputs, "position_ids": places, "use_cache": False}
     if branches.any():
         seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -257,7 +275,7 @@ def main():
     answers = sum(len(example["answers"]) for batch in steps for example in batch)
     print(f"{answers} answers in {sum(map(len, steps))} texts of {total} tokens, {len(steps)} steps", flush=True)
 
-    call = AutoTokenizer.from_pretrained(options.base).convert_tokens_to_ids("<")
+    marks = Marks(AutoTokenizer.from_pretrained(options.base))
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     if options.start:
         model.load_state_dict(load_file(options.start), strict=False)
@@ -287,13 +305,13 @@ def main():
     began, recent, distances, due = time.monotonic(), [], [], 0.0
     with (options.out / "loss.jsonl").open("w") as log:
         for step, batch in enumerate(steps, 1):
-            given, at, targets, counts = tensors(batch, call)
+            given, at, targets, counts = tensors(batch, marks)
             with fast:
                 logits = head(inner(**given).last_hidden_state[at])
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts
             (losses.sum() / counts.sum()).backward()
             recent.append(losses.sum().item() / counts.sum().item())
-            given, at, _, _ = tensors(next(others), call)
+            given, at, _, _ = tensors(next(others), marks)
             with fast:
                 logits = head(inner(**given).last_hidden_state[at])
             with torch.no_grad():

@@ -37,7 +37,7 @@ pub(super) struct Options {
     #[arg(long, default_value_t = 200)]
     max_tokens: u32,
     /// 0 (always the likeliest word) to 2.
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.0)]
     temperature: f32,
 }
 

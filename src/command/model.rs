@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "892cc16922e41b765f1234345e272c9c8157db1e43733642b03f219ae4de6f88",
+            sha256: "caef07fd93a90ba6b57b11bdf2318acd1ec30a04deafb0c086449f1a9d6a3a5c",
         },
     },
     Known {

@@ -24,9 +24,14 @@ def main():
     parser.add_argument("--held-out", metavar="FOLDER", default="eval", help="whose domains, as in generate.py")
     parser.add_argument("--count", type=int, default=60, help="conversations")
     parser.add_argument("--seed", type=int, default=7, help="of the conversations")
+    parser.add_argument("--filler", metavar="TEXT", help="said before all calls, so that nothing but the call tells the tool")
     options = parser.parse_args()
     domains = folder(options.held_out)
     records = list(conversations(domains, domains, options.count, options.seed, held_out=True))
+    if options.filler:
+        for message in (message for record in records for message in record["messages"]):
+            if message.get("content") and "tool_calls" in message:
+                message["content"] = options.filler
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     opening = tokenizer.convert_tokens_to_ids("<")
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)

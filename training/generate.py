@@ -81,6 +81,9 @@ INVENTED = 0.15
 SKETCHED, SKETCHED_REQUESTS = 0.35, 0.6
 # Share of the single requests that end with the call.
 CUT = 0.75
+# Share of the calls with words of the tool's own before them, in what is held out and in what is learned from: where the words fit
+# any tool, it is the name that tells which is meant, and tokens of names count most.
+FITTING_HELD_OUT, FITTING = 0.85, 0.5
 # Shares of the tools that are learned from with parameters of others that nobody names, and with one less that is required.
 BORROWING, LOOSE = 0.3, 0.15
 
@@ -239,8 +242,7 @@ class Conversation:
         return {key: values[back[key]].json for key in schema["properties"] if back[key] in named}
 
     def fillers(self, tool: Tool):
-        # A filler that fits is half of the way to the right tool, so few of those that are learned fit any.
-        return tool.filler if self.rng.random() < (0.85 if self.strict else 0.96) else general.FILLERS
+        return tool.filler if self.rng.random() < (FITTING_HELD_OUT if self.strict else FITTING) else general.FILLERS
 
     def facts(self, values: dict, results, answers):
         """What every wording of the answer says of the values that the results brought, as it is told."""

@@ -40,8 +40,10 @@ NAME = 12.0
 # Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
 EACH = 14
 # How much an input of general answers counts beside one of conversations when the weights go back, and after how many steps
-# of the full rate they do; where the rate is lower, after more.
-BACK, BACK_EVERY = 0.007, 10
+# at which rate they do; where the rate is lower, after more.
+BACK, BACK_EVERY, BACK_RATE = 0.007, 10, 2.5e-4
+# Share of the steps whose weights are in the mean that is saved beside the last ones.
+TAIL = 0.4
 # Conversations and general answers whose inputs are looked at.
 CONVERSATIONS, ANSWERS = 80, 160
 
@@ -236,11 +238,27 @@ def keep_memory():
     library.mallopt(trim_threshold, -1)
 
 
-def save(model, path):
-    """The trained weights."""
-    kept = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+class Mean:
+    """The mean of the trained weights over the steps that it was told of."""
+
+    def __init__(self):
+        self.weights, self.steps = {}, 0
+
+    def add(self, weights):
+        self.steps += 1
+        if not self.weights:
+            self.weights = {name: p.clone() for name, p in weights.items()}
+        torch._foreach_lerp_(list(self.weights.values()), list(weights.values()), 1 / self.steps)
+
+
+def weights_of(model):
+    """The trained weights, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(weights, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, path)
+    save_file(weights, path)
 
 
 def main():
@@ -302,7 +320,7 @@ def main():
     )
     fast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST is torch.bfloat16)
     others = forever(others, GENERAL, rng)
-    began, recent, distances, due = time.monotonic(), [], [], 0.0
+    began, recent, distances, due, tail = time.monotonic(), [], [], 0.0, Mean()
     with (options.out / "loss.jsonl").open("w") as log:
         for step, batch in enumerate(steps, 1):
             given, at, targets, counts = tensors(batch, marks)
@@ -323,13 +341,15 @@ def main():
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            due += scheduler.get_last_lr()[0] / options.rate
+            due += scheduler.get_last_lr()[0] / BACK_RATE
             scheduler.step()
             if due >= BACK_EVERY:
                 due -= BACK_EVERY
                 with torch.no_grad():
                     for name, p in matrices.items():
                         p.copy_(origin[name] + (p - origin[name]) @ narrow[seen_by(name)])
+            if step > (1 - TAIL) * len(steps):
+                tail.add(weights_of(model))
             if step % 20 == 0 or step == len(steps):
                 seconds = time.monotonic() - began
                 mean, distance = sum(recent) / len(recent), sum(distances) / len(distances)
@@ -341,7 +361,8 @@ def main():
                 print(f"step {step} of {len(steps)}, loss {mean:.4f}, distance {distance:.4f}, {pace}", flush=True)
                 recent, distances = [], []
             if step % options.save_every == 0 or step == len(steps):
-                save(model, options.out / f"step-{step}" / "trained.safetensors")
+                save(weights_of(model), options.out / f"step-{step}" / "trained.safetensors")
+        save(tail.weights, options.out / f"step-{step}" / "mean.safetensors")
 
 
 if __name__ == "__main__":

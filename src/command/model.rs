@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "caef07fd93a90ba6b57b11bdf2318acd1ec30a04deafb0c086449f1a9d6a3a5c",
+            sha256: "ec9645ded59208c89717d3575a099c20e2469251adc7edf98faec512b4ca4f5f",
         },
     },
     Known {

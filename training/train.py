@@ -20,6 +20,7 @@ import subprocess
 import time
 
 import torch
+from average import Mean
 from domain import FOLDER, folder
 from general_answers import FAST
 from generate import conversations, requests
@@ -236,19 +237,6 @@ def keep_memory():
     library = ctypes.CDLL(None)
     library.mallopt(mmap_max, 0)
     library.mallopt(trim_threshold, -1)
-
-
-class Mean:
-    """The mean of the trained weights over the steps that it was told of."""
-
-    def __init__(self):
-        self.weights, self.steps = {}, 0
-
-    def add(self, weights):
-        self.steps += 1
-        if not self.weights:
-            self.weights = {name: p.clone() for name, p in weights.items()}
-        torch._foreach_lerp_(list(self.weights.values()), list(weights.values()), 1 / self.steps)
 
 
 def weights_of(model):

@@ -133,6 +133,8 @@ pub struct Model {
     pub prefix_cache: ByteSize,
     /// Tokens that a warm-up computes before it lets a caller go first.
     pub warm_up_step: usize,
+    /// Other calls that a turn at temperature 0 may try, where they begin likelier than what was called; 0 tries none.
+    pub call_tries: usize,
 }
 
 /// A model on other servers that speak OpenAI's Chat Completions.
@@ -330,6 +332,7 @@ impl Default for Model {
             queue: 64,
             prefix_cache: ByteSize::gib(4),
             warm_up_step: 64,
+            call_tries: 2,
         }
     }
 }
@@ -489,6 +492,9 @@ impl Config {
         }
         if !(16..=4096).contains(&model.warm_up_step) {
             refuse("model.warm_up_step", &model.warm_up_step, "16 to 4096 tokens");
+        }
+        if model.call_tries > 16 {
+            refuse("model.call_tries", &model.call_tries, "0 to 16");
         }
         self.check_models(&mut refuse);
         let session = &self.session;

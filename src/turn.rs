@@ -217,6 +217,13 @@ pub struct Sampling {
     pub logprobs: Option<usize>,
 }
 
+impl Sampling {
+    /// Whether the likeliest token is always taken.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature < 1e-4 || self.top_p <= 0.0
+    }
+}
+
 impl Default for Sampling {
     fn default() -> Self {
         Self {

@@ -188,6 +188,35 @@ fn arguments_are_always_valid_under_their_schema() {
 }
 
 #[test]
+fn other_calls_that_are_tried_are_valid_too() {
+    run(async {
+        let schemas = schemas();
+        let tools: Vec<Value> = [0, 2, 15].map(|at| tool(&format!("act{at}"), schemas[at].clone())).to_vec();
+        for text in ["Please do it now for me.", "How much is it in London?", "The three latest, please."] {
+            let mut body = must_call(PLAIN, text, 1);
+            body["tools"] = tools.clone().into();
+            body["temperature"] = 0.into();
+            body["max_tokens"] = 200.into();
+            let answer = SERVER.ask(&body).await;
+            let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+            let schema =
+                &schemas[call["name"].as_str().unwrap().strip_prefix("act").unwrap().parse::<usize>().unwrap()];
+            let arguments = call["arguments"].as_str().unwrap();
+            jsonschema::validate(schema, &serde_json::from_str(arguments).unwrap()).unwrap();
+
+            let chunks = SERVER.chunks(&body).await;
+            let pieces = chunks
+                .iter()
+                .filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str());
+            assert_eq!(pieces.collect::<String>(), arguments, "the same calls when they are streamed");
+        }
+        let metrics = SERVER.http.get(format!("{}/metrics", SERVER.url)).send().await.unwrap().text().await.unwrap();
+        let tries = metrics.lines().find_map(|line| line.strip_prefix("electron_call_tries_total "));
+        assert!(tries.is_some_and(|tries| tries.parse::<u64>().unwrap() > 0), "none was tried");
+    });
+}
+
+#[test]
 fn a_call_comes_to_its_end_though_its_schema_has_none() {
     run(async {
         // Nothing in this schema bounds the text, and the penalty makes the model avoid its own closing quote.

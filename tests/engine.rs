@@ -49,6 +49,7 @@ fn generation(engine: &Arc<dyn TokenEngine>, text: &str, tokens: usize, guide: F
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         max_tokens: tokens,
         guide: Box::new(guide),
+        goes_on: false,
     }
 }
 

@@ -46,7 +46,7 @@ impl TokenEngine for Scripted {
                 assert!(mask.is_allowed(id), "the grammar does not allow {shown:?}");
             }
             assert!(!generation.guide.vetoes(id), "the guide vetoes {shown:?}");
-            send(TokenEvent::Token(Token { id, at: Instant::now(), logprob: None }));
+            send(TokenEvent::Token(Token { id, at: Instant::now(), logprob: None, odds: None }));
             if generation.guide.commit(id).unwrap() == Flow::Stop {
                 end = TokenFinish::Guide;
                 break;
@@ -80,7 +80,7 @@ fn electron(template: &str, says: &'static [&'static str]) -> Arc<Electron> {
         chat_template: ChatTemplate { source: template.into(), ..ChatTemplate::default() },
         vocabulary: Vocabulary::new(real.vocabulary.tokenizer().clone(), None, end).unwrap(),
     };
-    Arc::new(Electron::new(Arc::new(Scripted { model: Arc::new(model), says })).unwrap())
+    Arc::new(Electron::new(Arc::new(Scripted { model: Arc::new(model), says }), 2).unwrap())
 }
 
 fn turn(filler: FillerPolicy) -> Turn {

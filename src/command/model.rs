@@ -154,7 +154,7 @@ pub async fn load(model: &config::Model) -> Result<Arc<Electron>, String> {
     })
     .await?;
     engine.first_token().await?;
-    Electron::new(Arc::new(engine)).map(Arc::new)
+    Electron::new(Arc::new(engine), model.call_tries).map(Arc::new)
 }
 
 async fn inspect(model: &config::Model) -> Result<(), String> {

@@ -8,16 +8,17 @@ use uuid::Uuid;
 use super::{
     Filler, fills,
     form::{self, Form},
-    grammar::Grammars,
+    grammar::{Grammars, TurnGuide},
     parser::{Parsed, Parser},
+    search::Search,
     template::Template,
 };
 use crate::{
-    engine::token::{Generation, ModelInfo, TokenEngine, TokenEvent, TokenFinish, Tokens},
+    engine::token::{Generation, ModelInfo, TokenEngine, TokenEvent, TokenFinish},
     error::Error,
     turn::{
-        FinishReason, Gauges, Message, Model, OutputFormat, Progress, Readiness, TokenLogprob, Tool, Turn, TurnEvent,
-        TurnStream, Usage,
+        FinishReason, Gauges, Message, Model, OutputFormat, Progress, Readiness, TokenLogprob, Tool, ToolChoice, Turn,
+        TurnEvent, TurnStream, Usage,
     },
 };
 
@@ -26,6 +27,7 @@ pub struct Electron {
     engine: Arc<dyn TokenEngine>,
     template: Template,
     grammars: Grammars,
+    call_tries: usize,
 }
 
 /// A conversation for training.
@@ -42,20 +44,22 @@ pub struct Example {
 /// A turn, ready for the engine.
 struct Prepared {
     generation: Generation,
+    /// How often its calls may be written once more, and the guide for that.
+    again: Option<(usize, TurnGuide)>,
     reader: Reader,
 }
 
 // === impl Electron ===
 
 impl Electron {
-    /// Puts the layer on an engine.
+    /// Puts the layer on an engine. `call_tries` is how many other calls a turn at temperature 0 may try.
     ///
     /// # Errors
     /// A text for the operator, when the model's template or vocabulary cannot be used.
-    pub fn new(engine: Arc<dyn TokenEngine>) -> Result<Self, String> {
+    pub fn new(engine: Arc<dyn TokenEngine>, call_tries: usize) -> Result<Self, String> {
         let template = Template::new(engine.model().clone())?;
         let grammars = Grammars::new(engine.model().clone(), template.form())?;
-        Ok(Self { engine, template, grammars })
+        Ok(Self { engine, template, grammars, call_tries })
     }
 
     /// What is known of the model.
@@ -80,7 +84,7 @@ impl Electron {
             .await
             .map_err(|e| Error::Internal(e.to_string()))??;
         let mut reader = prepared.reader;
-        reader.tokens = Some(self.engine.generate(prepared.generation)?);
+        reader.tokens = Some(Search::start(&self.engine, prepared.generation, prepared.again)?);
         let progress = reader.progress.clone();
         progress.set(reader.usage);
         let events = stream::unfold(reader, |mut reader| async move { Some((reader.next().await?, reader)) });
@@ -165,7 +169,7 @@ impl Electron {
         let max_tokens = asked.unwrap_or(room);
 
         let fills = fills(turn);
-        let plan = self.grammars.plan(turn, fills, max_tokens)?;
+        let mut plan = self.grammars.plan(turn, fills, max_tokens)?;
         let syntax = (!turn.tools.is_empty()).then(|| self.template.form().syntax());
         let mut parser = Parser::new(syntax, turn.format != OutputFormat::Text, &turn.sampling.stop);
         let opening_tokens = plan.opening.len();
@@ -176,12 +180,21 @@ impl Electron {
         let max_tokens = max_tokens - opening_tokens;
         let mut sampling = turn.sampling.clone();
         sampling.max_tokens = Some(max_tokens);
+        // What was generated before weighs in penalties, which a new generation would not know of.
+        let penalized = sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
+        let may_call = !turn.tools.is_empty() && turn.tool_choice != ToolChoice::None;
+        let searches = self.call_tries > 0 && may_call && sampling.is_greedy() && !penalized;
+        let again = searches.then(|| {
+            plan.guide.weigh();
+            (self.call_tries, plan.guide.deep_clone())
+        });
+        let generation = Generation { prompt, sampling, max_tokens, guide: Box::new(plan.guide), goes_on: false };
         let reader = Reader {
             model: self.engine.model().clone(),
             tokens: None,
             parser,
             filler: fills.then(|| Filler::new(turn)),
-            wants_logprobs: sampling.logprobs.is_some(),
+            wants_logprobs: turn.sampling.logprobs.is_some(),
             opened: opening_tokens > 0,
             ready: VecDeque::new(),
             logprobs: Vec::new(),
@@ -193,7 +206,7 @@ impl Electron {
             progress: Arc::default(),
             over: false,
         };
-        Ok(Prepared { generation: Generation { prompt, sampling, max_tokens, guide: Box::new(plan.guide) }, reader })
+        Ok(Prepared { generation, again, reader })
     }
 }
 
@@ -226,7 +239,7 @@ impl Model for Electron {
 /// Turns tokens into events.
 struct Reader {
     model: Arc<ModelInfo>,
-    tokens: Option<Tokens>,
+    tokens: Option<Search>,
     parser: Parser,
     /// Taken when it is used, or when the model speaks for itself.
     filler: Option<Filler>,

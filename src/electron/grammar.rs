@@ -124,6 +124,7 @@ impl Grammars {
             tail: Vec::new(),
             used: 0,
             left: max_tokens - opening.len(),
+            weighs: false,
         };
         Ok(Plan { guide, opening })
     }
@@ -359,6 +360,8 @@ pub struct TurnGuide {
     /// Tokens since the grammar took over.
     used: usize,
     left: usize,
+    /// Whether the odds of calls are told.
+    weighs: bool,
 }
 
 enum Phase {
@@ -378,6 +381,28 @@ enum Phase {
 // === impl TurnGuide ===
 
 impl TurnGuide {
+    /// Has the odds of calls told.
+    pub fn weigh(&mut self) {
+        self.weighs = true;
+    }
+
+    /// Another guide that stands where this one does.
+    pub fn deep_clone(&self) -> Self {
+        let phase = match &self.phase {
+            Phase::Text { calls, said } => Phase::Text { calls: calls.as_ref().map(Matcher::deep_clone), said: *said },
+            Phase::Json(matcher) => Phase::Json(matcher.deep_clone()),
+            Phase::Calls(matcher) => Phase::Calls(matcher.deep_clone()),
+        };
+        Self {
+            model: self.model.clone(),
+            phase,
+            closers: self.closers.clone(),
+            stops: self.stops.clone(),
+            tail: self.tail.clone(),
+            ..*self
+        }
+    }
+
     /// Where an opening is complete in the text so far plus this token: `Some(true)` when it ends with the token,
     /// `Some(false)` when the token goes on behind it.
     fn opens(&self, bytes: &[u8]) -> Option<bool> {
@@ -462,6 +487,10 @@ impl Guide for TurnGuide {
             // The grammar takes over right behind the opening, so that a token must end there.
             Some(ends_with_token) => !(ends_with_token && may_open),
         }
+    }
+
+    fn weighs(&self) -> bool {
+        self.weighs && matches!(self.phase, Phase::Calls(_))
     }
 
     fn commit(&mut self, token: u32) -> Result<Flow, String> {

@@ -20,6 +20,8 @@ pub mod language;
 pub mod parser;
 mod remote;
 #[cfg(feature = "mistral")]
+mod search;
+#[cfg(feature = "mistral")]
 pub mod template;
 
 use std::sync::Arc;

@@ -82,6 +82,8 @@ pub struct Generation {
     pub max_tokens: usize,
     /// What may come next.
     pub guide: Box<dyn Guide>,
+    /// Whether it takes up a turn that has had its place already: it goes before all that wait.
+    pub goes_on: bool,
 }
 
 /// Steers a generation. It is called on the engine's thread between two steps of the model, so it must be quick.
@@ -94,6 +96,11 @@ pub trait Guide: Send {
 
     /// Whether this token, though allowed, may not come next. Another one is drawn then.
     fn vetoes(&self, token: u32) -> bool;
+
+    /// Whether the next token's [`Odds`] are told.
+    fn weighs(&self) -> bool {
+        false
+    }
 
     /// Takes note of the token that came.
     ///
@@ -136,6 +143,18 @@ pub struct Token {
     pub at: Instant,
     /// Its log-probability and the best alternatives, when asked for.
     pub logprob: Option<Logprob>,
+    /// When the guide asked for them.
+    pub odds: Option<Odds>,
+}
+
+/// How likely a token was and what else could have come, in natural logarithms of the distribution that it was drawn from,
+/// before the guide narrowed it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Odds {
+    /// Of the token that was drawn.
+    pub chosen: f32,
+    /// The likeliest other token that the guide allowed.
+    pub runner_up: Option<(u32, f32)>,
 }
 
 /// How likely a token was, in natural logarithms of the model's own distribution.

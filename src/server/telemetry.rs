@@ -97,6 +97,9 @@ fn describe() {
     describe_counter!("electron_prompt_tokens_total", "Tokens of prompts.");
     describe_counter!("electron_cached_tokens_total", "Tokens of prompts that the prefix cache served.");
     describe_counter!("electron_completion_tokens_total", "Generated tokens.");
+    describe_counter!("electron_call_tries_total", "Other calls that were tried.");
+    describe_counter!("electron_calls_replaced_total", "Turns in which other calls were likelier than the first ones.");
+    describe_counter!("electron_discarded_tokens_total", "Tokens of calls that were generated and not sent.");
     describe_counter!("electron_prefix_cache_flushes_total", "Times that the prefix cache was emptied.");
     describe_counter!("electron_tool_attempts_total", "Requests to tools' callbacks by what came of them.");
     describe_counter!("electron_tool_results_refused_total", "Late results of tools that were not taken, by status.");

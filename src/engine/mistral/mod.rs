@@ -225,8 +225,13 @@ impl TokenEngine for MistralEngine {
         // memory is taken as tokens come.
         let (events, receiver) = mpsc::channel(generation.max_tokens + 3);
         let cancel = CancellationToken::new();
+        let goes_on = generation.goes_on;
         let job = Job::Turn(Box::new(generation), events, cancel.clone());
-        self.queue.push(job).map_err(|_| full())?;
+        if goes_on {
+            self.queue.put_back(job);
+        } else {
+            self.queue.push(job).map_err(|_| full())?;
+        }
         Ok(Tokens::new(receiver, cancel))
     }
 
@@ -377,7 +382,7 @@ impl Dispatcher {
     }
 
     async fn generate(&self, generation: Generation, events: Events, cancel: CancellationToken) -> Result<(), String> {
-        let Generation { prompt, sampling, max_tokens, guide } = generation;
+        let Generation { prompt, sampling, max_tokens, guide, .. } = generation;
         let cached_tokens = self.state.mirror().lookup(&prompt);
         let _ = events.try_send(Ok(TokenEvent::Started { at: Instant::now(), cached_tokens }));
         let prompt_len = prompt.len();

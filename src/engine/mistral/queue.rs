@@ -70,7 +70,7 @@ impl<T: Waiting> Queue<T> {
         Ok(())
     }
 
-    /// Puts an item that is not done yet back in front of its class.
+    /// Puts an item that is not done yet in front of its class. It had a place, so the bound is not asked.
     pub(super) fn put_back(&self, item: T) {
         self.lock().of(item.class()).push_front(item);
         self.arrived.notify_one();

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    engine::token::{Flow, Guide, Logprob, Token, TokenEvent, TokenFinish},
+    engine::token::{Flow, Guide, Logprob, Odds, Token, TokenEvent, TokenFinish},
     error::Error,
     turn::Sampling,
 };
@@ -156,6 +156,7 @@ impl State {
             *score = f32::NEG_INFINITY;
         }
         self.penalize(scores);
+        let norm = self.guide.weighs().then(|| log_sum(scores));
         if let Some(allowed) = allowed {
             for (id, score) in scores.iter_mut().enumerate() {
                 if id >= allowed.len() || !allowed.is_allowed(id as u32) {
@@ -174,10 +175,12 @@ impl State {
         if self.endings.end_of_turn.contains(&token) {
             return Ok(self.finish(TokenFinish::EndOfTurn));
         }
+        let odds = norm.map(|norm| odds(scores, token, norm));
         let flow = self.guide.commit(token).map_err(unguided)?;
         *self.counts.entry(token).or_default() += 1;
         self.left = self.left.saturating_sub(1);
-        self.send(TokenEvent::Token(Token { id: token, at: Instant::now(), logprob: reported.map(|r| r.of(token)) }));
+        let logprob = reported.map(|r| r.of(token));
+        self.send(TokenEvent::Token(Token { id: token, at: Instant::now(), logprob, odds }));
         Ok(match flow {
             Flow::Stop => self.finish(TokenFinish::Guide),
             Flow::Continue if self.left == 0 => self.finish(TokenFinish::Length),
@@ -221,7 +224,7 @@ impl State {
     /// Draws from the scores; `None` when all are minus infinity.
     fn draw(&mut self, scores: &[f32]) -> Option<u32> {
         let (best, top) = argmax(scores)?;
-        if self.sampling.temperature < 1e-4 || self.sampling.top_p <= 0.0 {
+        if self.sampling.is_greedy() {
             return Some(best);
         }
         let scale = 1.0 / self.sampling.temperature;
@@ -269,19 +272,30 @@ fn argmax(scores: &[f32]) -> Option<(u32, f32)> {
     best
 }
 
+/// The logarithm of the sum of all exponentials.
+fn log_sum(scores: &[f32]) -> f32 {
+    let max = argmax(scores).map_or(0.0, |(_, max)| max);
+    let sum: f64 = scores.iter().map(|&s| f64::from(s - max).exp()).sum();
+    max + sum.ln() as f32
+}
+
+/// What is told of a token that was drawn from these scores, whose [`log_sum`] was `norm` before they were narrowed.
+fn odds(scores: &mut [f32], token: u32, norm: f32) -> Odds {
+    let chosen = scores.get_mut(token as usize).map_or(f32::NEG_INFINITY, |s| std::mem::replace(s, f32::NEG_INFINITY));
+    Odds { chosen: chosen - norm, runner_up: argmax(scores).map(|(id, score)| (id, score - norm)) }
+}
+
 /// The model's distribution at one step, for log-probabilities.
 struct Report {
     scores: Vec<f32>,
-    /// The logarithm of the sum of all exponentials.
+    /// Their [`log_sum`].
     norm: f32,
     top: usize,
 }
 
 impl Report {
     fn new(scores: &[f32], top: usize) -> Self {
-        let max = argmax(scores).map_or(0.0, |(_, max)| max);
-        let sum: f64 = scores.iter().map(|&s| f64::from(s - max).exp()).sum();
-        Self { scores: scores.to_vec(), norm: max + sum.ln() as f32, top }
+        Self { scores: scores.to_vec(), norm: log_sum(scores), top }
     }
 
     fn of(mut self, token: u32) -> Logprob {
@@ -396,6 +410,19 @@ mod tests {
         assert!((report.chosen - (0.25f32).ln()).abs() < 1e-5);
         assert_eq!(report.top.iter().map(|t| t.0).collect::<Vec<_>>(), [2, 1]);
         assert!((report.top[0].1 - (0.625f32).ln()).abs() < 1e-5);
+    }
+
+    #[test]
+    fn odds_are_of_all_tokens_and_name_the_best_of_the_rest() {
+        let all = [(1.0f32).ln(), (6.0f32).ln(), (3.0f32).ln(), f32::NEG_INFINITY];
+        let norm = log_sum(&all);
+        let mut narrowed = all;
+        narrowed[1] = f32::NEG_INFINITY;
+        let Odds { chosen, runner_up } = odds(&mut narrowed, 2, norm);
+        assert!((chosen - (0.3f32).ln()).abs() < 1e-5);
+        assert!(matches!(runner_up, Some((0, logprob)) if (logprob - (0.1f32).ln()).abs() < 1e-5));
+        let mut single = [f32::NEG_INFINITY, 0.0];
+        assert_eq!(odds(&mut single, 1, 0.0), Odds { chosen: 0.0, runner_up: None });
     }
 
     #[test]

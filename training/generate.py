@@ -81,9 +81,12 @@ INVENTED = 0.15
 SKETCHED, SKETCHED_REQUESTS = 0.35, 0.6
 # Share of the single requests that end with the call.
 CUT = 0.75
-# Share of the calls with words of the tool's own before them, in what is held out and in what is learned from: where the words fit
-# any tool, it is the name that tells which is meant, and tokens of names count most.
-FITTING_HELD_OUT, FITTING = 0.85, 0.5
+# Share of the held-out calls with words of the tool's own before them.
+FITTING_HELD_OUT = 0.85
+# Of the calls that are learned from, the shares with words of the tool's own, behind which its name is not learned, and with words
+# of any tool that is there, which are not learned themselves. Otherwise a call would be learned from the words before it, which are
+# the model's own when it counts. The words before the rest fit all tools.
+FITTING, DRAWN = 0.3, 0.35
 # Shares of the tools that are learned from with parameters of others that nobody names, and with one less that is required.
 BORROWING, LOOSE = 0.3, 0.15
 
@@ -221,9 +224,11 @@ class Conversation:
         self.turns.append({"at": len(self.messages), "kind": kind, "facts": list(facts), "must": list(must)})
         self.messages.append({"role": "assistant", "content": text})
 
-    def calls(self, calls, fillers):
-        """A turn that makes calls, each a tool with its arguments and its result."""
+    def calls(self, calls, fillers, words=None):
+        """A turn that makes calls, each a tool with its arguments and its result. `words` tells whose the fillers are."""
         self.turns.append({"at": len(self.messages), "kind": "call"})
+        if words and self.voice:
+            self.turns[-1]["words"] = words
         made = []
         for tool, arguments, _ in calls:
             function = {"name": self.names[id(tool)], "arguments": json.dumps(arguments, ensure_ascii=False)}
@@ -242,7 +247,15 @@ class Conversation:
         return {key: values[back[key]].json for key in schema["properties"] if back[key] in named}
 
     def fillers(self, tool: Tool):
-        return tool.filler if self.rng.random() < (FITTING_HELD_OUT if self.strict else FITTING) else general.FILLERS
+        """What may be said before a call of this tool, and whose words that are."""
+        share = self.rng.random()
+        if self.strict:
+            return (tool.filler if share < FITTING_HELD_OUT else general.FILLERS), None
+        if share < FITTING:
+            return tool.filler, "fitting"
+        if share < FITTING + DRAWN:
+            return self.rng.choice(self.present).filler, "drawn"
+        return general.FILLERS, None
 
     def facts(self, values: dict, results, answers):
         """What every wording of the answer says of the values that the results brought, as it is told."""
@@ -291,7 +304,7 @@ class Conversation:
     def finish(self, tool, values, named):
         arguments = self.arguments(tool, values, named)
         result, answer, facts, must = self.outcome(tool, values)
-        self.calls([(tool, arguments, result)], self.fillers(tool))
+        self.calls([(tool, arguments, result)], *self.fillers(tool))
         self.agent(answer, "answer", facts, must)
 
     def missing(self):
@@ -341,7 +354,7 @@ class Conversation:
             answers.append(answer)
             facts += told
             must += words
-        self.calls(calls, self.fillers(first))
+        self.calls(calls, *self.fillers(first))
         self.agent(" ".join(dict.fromkeys(answers)), "answer", facts, must)
 
     def chain(self):
@@ -366,7 +379,8 @@ class Conversation:
             named = {param.name for param in tool.param if param.name in given and param.name in self.params[id(tool)]}
             arguments = self.arguments(tool, given, named)
             result = self.result(step.result, values)
-            self.calls([(tool, arguments, result)], step.filler or self.fillers(tool))
+            said = (step.filler, None) if step.filler else self.fillers(tool)
+            self.calls([(tool, arguments, result)], *said)
         facts = self.facts(values, [step.result for step in chain.steps], chain.answer)
         self.agent(self.fill(self.rng.choice(chain.answer), values, "told"), "answer", facts, chain.must)
 

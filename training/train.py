@@ -60,6 +60,10 @@ def render(gateway, base, records):
     assert len(rendered) == len(records)
     for r, record in zip(rendered, records, strict=True):
         r["group"] = record.get("group")
+        words = {turn["at"]: turn.get("words") for turn in record.get("turns", [])}
+        said = [at for at, message in enumerate(record["messages"]) if message["role"] == "assistant"]
+        for answer, at in zip(r["answers"], said, strict=True):
+            answer["words"] = words.get(at)
     # A prompt that the gateway takes for a voice agent's has to be one, and the other way round.
     fits = [
         r
@@ -85,7 +89,7 @@ def packed(group):
         made["tokens"] += example["tokens"][shared:]
         made["places"] += range(shared, shared + own)
         made["branches"] += [branch] * own
-        made["answers"] += [{"start": a["start"] + moved, "end": a["end"] + moved} for a in example["answers"]]
+        made["answers"] += [{**a, "start": a["start"] + moved, "end": a["end"] + moved} for a in example["answers"]]
     return made
 
 
@@ -144,8 +148,8 @@ class Marks:
         self.name = tokenizer.encode('{"name": "', add_special_tokens=False)
         self.behind = tokenizer.convert_tokens_to_ids('",')
 
-    def counts(self, answer):
-        """How much each token of an answer counts."""
+    def counts(self, answer, said):
+        """How much each token of an answer counts, by whose words are said before a call."""
         words = answer.index(self.call) if self.call in answer else len(answer)
         decided = min(words, 1)
         counts = [CALL] * decided + [1.0] * (words - decided) + [CALL] * (len(answer) - words)
@@ -153,7 +157,9 @@ class Marks:
             begins = at + len(self.name)
             if answer[at:begins] == self.name:
                 ends = answer.index(self.behind, begins)
-                counts[begins:ends] = [NAME] * (ends - begins)
+                counts[begins:ends] = [0.0 if said == "fitting" else NAME] * (ends - begins)
+        if said == "drawn":
+            counts[:words] = [0.0] * words
         return counts
 
 
@@ -170,12 +176,13 @@ def tensors(batch, marks):
         if "branches" in example:
             places[row, : len(tokens)] = torch.tensor(example["places"])
             branches[row, : len(tokens)] = torch.tensor(example["branches"])
-        for start, end in ((answer["start"], answer["end"]) for answer in example["answers"]):
+        for told in example["answers"]:
+            start, end = told["start"], told["end"]
             answer = tokens[start:end]
             rows += [row] * (end - start)
             columns += range(start - 1, end - 1)
             targets += answer
-            counts += marks.counts(answer)
+            counts += marks.counts(answer, told["words"])
     given = {"input_ids": inputs, "position_ids": places, "use_cache": False}
     if branches.any():
         seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])

@@ -217,6 +217,13 @@ pub struct Sampling {
     pub logprobs: Option<usize>,
 }
 
+impl Turn {
+    /// Whether the model may call a tool.
+    pub fn may_call(&self) -> bool {
+        !self.tools.is_empty() && self.tool_choice != ToolChoice::None
+    }
+}
+
 impl Sampling {
     /// Whether the likeliest token is always taken.
     pub fn is_greedy(&self) -> bool {

@@ -1,120 +1,22 @@
 //! Which calls a turn makes when its model is torn between several.
-//!
-//! The engine is a double that would say one of a few texts, each as likely as its share; it draws, tells odds and holds
-//! itself to the guide as a real one does.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
-use std::{
-    sync::{Arc, Mutex},
-    time::Instant,
-};
+use std::sync::Arc;
 
-use common::{SERVER, VOICE, run};
+use common::{
+    VOICE, run,
+    torn::{self, Torn},
+};
 use electron_gateway::{
     electron::Electron,
-    engine::token::{
-        ChatTemplate, Flow, Generation, ModelInfo, Odds, Token, TokenEngine, TokenEvent, TokenFinish, Tokens,
-        Vocabulary,
-    },
-    error::Error,
     turn::{
-        FillerPolicy, FinishReason, Gauges, Message, Model, OutputFormat, Readiness, Sampling, Tool, ToolChoice, Turn,
-        TurnEvent, Usage,
+        FillerPolicy, FinishReason, Message, Model, OutputFormat, Sampling, Tool, ToolChoice, Turn, TurnEvent, Usage,
     },
 };
 use futures::StreamExt;
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-
-struct Torn {
-    model: Arc<ModelInfo>,
-    /// Tokens that it may say, and how likely each is in percent.
-    says: Vec<(Vec<u32>, f32)>,
-    /// The first generation that fails.
-    fails: usize,
-    /// Length of the first prompt, and the tokens that each generation has drawn.
-    seen: Arc<Mutex<(usize, Vec<usize>)>>,
-}
-
-impl TokenEngine for Torn {
-    fn model(&self) -> &Arc<ModelInfo> {
-        &self.model
-    }
-
-    fn generate(&self, mut generation: Generation) -> Result<Tokens, Error> {
-        let (events, receiver) = mpsc::channel(1);
-        let (at, mut written) = {
-            let mut seen = self.seen.lock().unwrap();
-            if seen.1.is_empty() {
-                seen.0 = generation.prompt.len();
-            }
-            assert_eq!(generation.goes_on, !seen.1.is_empty());
-            seen.1.push(0);
-            (seen.1.len() - 1, generation.prompt[seen.0..].to_vec())
-        };
-        if at >= self.fails {
-            return Err(Error::EngineFailed("it is broken".into()));
-        }
-        let (model, says, seen) = (self.model.clone(), self.says.clone(), self.seen.clone());
-        tokio::spawn(async move {
-            let mut left = generation.max_tokens;
-            let started = TokenEvent::Started { at: Instant::now(), cached_tokens: 0 };
-            let mut sent = events.send(Ok(started)).await;
-            while sent.is_ok() {
-                let mut shares = vec![0.0; model.vocabulary.size()];
-                for (text, share) in &says {
-                    if let Some(rest) = text.strip_prefix(written.as_slice()) {
-                        shares[*rest.first().unwrap_or(&model.vocabulary.end_of_turn()[0]) as usize] += share;
-                    }
-                }
-                let norm = shares.iter().sum::<f32>().ln();
-                if let Some(mask) = generation.guide.allowed().unwrap() {
-                    let narrow =
-                        |(id, share): (usize, &mut f32)| *share *= f32::from(u8::from(mask.is_allowed(id as u32)));
-                    shares.iter_mut().enumerate().for_each(narrow);
-                }
-                let mut order: Vec<u32> = (0..shares.len() as u32).filter(|id| shares[*id as usize] > 0.0).collect();
-                order.sort_by(|a, b| shares[*b as usize].total_cmp(&shares[*a as usize]));
-                let logprob = |id: u32| shares[id as usize].ln() - norm;
-                let id = order[0];
-                if model.vocabulary.end_of_turn().contains(&id) {
-                    let _ = events.send(Ok(TokenEvent::Finished(TokenFinish::EndOfTurn))).await;
-                    return;
-                }
-                let runner_up = order.get(1).map(|id| (*id, logprob(*id)));
-                let odds = generation.guide.weighs().then(|| Odds { chosen: logprob(id), runner_up });
-                let flow = generation.guide.commit(id).unwrap();
-                written.push(id);
-                seen.lock().unwrap().1[at] += 1;
-                sent = events.send(Ok(TokenEvent::Token(Token { id, at: Instant::now(), logprob: None, odds }))).await;
-                left -= 1;
-                let why = match flow {
-                    Flow::Stop => TokenFinish::Guide,
-                    Flow::Continue if left == 0 => TokenFinish::Length,
-                    Flow::Continue => continue,
-                };
-                let _ = events.send(Ok(TokenEvent::Finished(why))).await;
-                return;
-            }
-        });
-        Ok(Tokens::new(receiver, CancellationToken::new()))
-    }
-
-    fn warm(&self, _prompt: Vec<u32>) -> Result<Tokens, Error> {
-        Err(Error::NotFound("not needed".into()))
-    }
-
-    fn readiness(&self) -> Readiness {
-        Readiness::Ready
-    }
-
-    fn gauges(&self) -> Gauges {
-        Gauges::default()
-    }
-}
 
 /// Calls of one turn, as the model writes them.
 fn calls(calls: &[(&str, &str)]) -> String {
@@ -140,16 +42,7 @@ struct Outcome {
 
 /// A turn of a model that says "I will look." and then one of these calls, each with its share in percent.
 async fn turn(says: &[(String, f32)], tries: usize, fails: usize, change: impl FnOnce(&mut Turn)) -> Outcome {
-    let real = SERVER.electron.model();
-    let end = real.vocabulary.end_of_turn().to_vec();
-    let source = "{% for m in messages %}{{ m.content }}{% endfor %}".into();
-    let model = Arc::new(ModelInfo {
-        source: "torn".into(),
-        architecture: "torn".into(),
-        context: 2048,
-        chat_template: ChatTemplate { source, ..ChatTemplate::default() },
-        vocabulary: Vocabulary::new(real.vocabulary.tokenizer().clone(), None, end).unwrap(),
-    });
+    let model = torn::model("{% for m in messages %}{{ m.content }}{% endfor %}");
     let parameters = json!({"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]});
     let tool = |name: &str| Tool {
         name: name.into(),
@@ -175,8 +68,8 @@ async fn turn(says: &[(String, f32)], tries: usize, fails: usize, change: impl F
         let pieces = before.iter().copied().chain([calls.as_str()]);
         (pieces.flat_map(|piece| model.vocabulary.encode(piece).unwrap()).collect(), *share)
     });
-    let seen = Arc::default();
-    let engine = Torn { model: model.clone(), says: says.collect(), fails, seen: Arc::clone(&seen) };
+    let engine = Torn { fails, ..Torn::new(&model, says.collect()) };
+    let seen = engine.seen.clone();
     let electron = Arc::new(Electron::new(Arc::new(engine), tries).unwrap());
     let mut stream = electron.turn(turn).await.unwrap();
     let (mut text, mut calls, mut pieces) = (String::new(), Vec::<(String, String)>::new(), 0);

@@ -6,81 +6,26 @@
 
 mod common;
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
-use common::{SERVER, VOICE, run};
+use common::{
+    VOICE, run,
+    torn::{self, Torn},
+};
 use electron_gateway::{
     electron::Electron,
-    engine::token::{
-        ChatTemplate, Flow, Generation, ModelInfo, Token, TokenEngine, TokenEvent, TokenFinish, Tokens, Vocabulary,
-    },
-    error::Error,
     turn::{
-        FillerPolicy, FinishReason, Gauges, Message, Model, OutputFormat, Readiness, Sampling, Tool, ToolCall,
-        ToolChoice, Turn, TurnEvent,
+        FillerPolicy, FinishReason, Message, Model, OutputFormat, Sampling, Tool, ToolCall, ToolChoice, Turn, TurnEvent,
     },
 };
 use futures::StreamExt;
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
-
-struct Scripted {
-    model: Arc<ModelInfo>,
-    says: &'static [&'static str],
-}
-
-impl TokenEngine for Scripted {
-    fn model(&self) -> &Arc<ModelInfo> {
-        &self.model
-    }
-
-    fn generate(&self, mut generation: Generation) -> Result<Tokens, Error> {
-        let (events, receiver) = mpsc::channel(1024);
-        let send = |event| events.try_send(Ok(event)).unwrap();
-        send(TokenEvent::Started { at: Instant::now(), cached_tokens: 0 });
-        let mut end = TokenFinish::EndOfTurn;
-        for id in self.says.iter().flat_map(|piece| self.model.vocabulary.encode(piece).unwrap()) {
-            let shown = String::from_utf8_lossy(self.model.vocabulary.bytes(id)).into_owned();
-            if let Some(mask) = generation.guide.allowed().unwrap() {
-                assert!(mask.is_allowed(id), "the grammar does not allow {shown:?}");
-            }
-            assert!(!generation.guide.vetoes(id), "the guide vetoes {shown:?}");
-            send(TokenEvent::Token(Token { id, at: Instant::now(), logprob: None, odds: None }));
-            if generation.guide.commit(id).unwrap() == Flow::Stop {
-                end = TokenFinish::Guide;
-                break;
-            }
-        }
-        send(TokenEvent::Finished(end));
-        Ok(Tokens::new(receiver, CancellationToken::new()))
-    }
-
-    fn warm(&self, _prompt: Vec<u32>) -> Result<Tokens, Error> {
-        Err(Error::NotFound("not needed".into()))
-    }
-
-    fn readiness(&self) -> Readiness {
-        Readiness::Ready
-    }
-
-    fn gauges(&self) -> Gauges {
-        Gauges::default()
-    }
-}
 
 /// A model with this template that says these words.
 fn electron(template: &str, says: &'static [&'static str]) -> Arc<Electron> {
-    let real = SERVER.electron.model();
-    let end = real.vocabulary.end_of_turn().to_vec();
-    let model = ModelInfo {
-        source: "scripted".into(),
-        architecture: "scripted".into(),
-        context: 2048,
-        chat_template: ChatTemplate { source: template.into(), ..ChatTemplate::default() },
-        vocabulary: Vocabulary::new(real.vocabulary.tokenizer().clone(), None, end).unwrap(),
-    };
-    Arc::new(Electron::new(Arc::new(Scripted { model: Arc::new(model), says }), 2).unwrap())
+    let model = torn::model(template);
+    let says = says.iter().flat_map(|piece| model.vocabulary.encode(piece).unwrap()).collect();
+    Arc::new(Electron::new(Arc::new(Torn::new(&model, vec![(says, 1.0)])), 0).unwrap())
 }
 
 fn turn(filler: FillerPolicy) -> Turn {

@@ -17,8 +17,8 @@ use crate::{
     engine::token::{Generation, ModelInfo, TokenEngine, TokenEvent, TokenFinish},
     error::Error,
     turn::{
-        FinishReason, Gauges, Message, Model, OutputFormat, Progress, Readiness, TokenLogprob, Tool, ToolChoice, Turn,
-        TurnEvent, TurnStream, Usage,
+        FinishReason, Gauges, Message, Model, OutputFormat, Progress, Readiness, TokenLogprob, Tool, Turn, TurnEvent,
+        TurnStream, Usage,
     },
 };
 
@@ -182,8 +182,7 @@ impl Electron {
         sampling.max_tokens = Some(max_tokens);
         // What was generated before weighs in penalties, which a new generation would not know of.
         let penalized = sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
-        let may_call = !turn.tools.is_empty() && turn.tool_choice != ToolChoice::None;
-        let searches = self.call_tries > 0 && may_call && sampling.is_greedy() && !penalized;
+        let searches = self.call_tries > 0 && turn.may_call() && sampling.is_greedy() && !penalized;
         let again = searches.then(|| {
             plan.guide.weigh();
             (self.call_tries, plan.guide.deep_clone())

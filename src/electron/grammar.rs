@@ -75,7 +75,7 @@ impl Grammars {
     pub fn plan(&self, turn: &Turn, speaks: bool, max_tokens: usize) -> Result<Plan, Error> {
         let syntax = self.form.syntax();
         let forced = matches!(turn.tool_choice, ToolChoice::Required | ToolChoice::Named(_));
-        let may_call = !turn.tools.is_empty() && turn.tool_choice != ToolChoice::None;
+        let may_call = turn.may_call();
         let answer = match &turn.format {
             OutputFormat::Text => None,
             OutputFormat::JsonObject => Some(json!({"type": "object"})),

@@ -6,7 +6,7 @@
 //! close, what follows is held back. When the calls are complete, and one of those other beginnings alone is likelier than
 //! all of them, the engine goes on from there, and what it writes takes their place if it is likelier as a whole.
 //!
-//! Where the model is sure, this costs nothing. A try costs one step and a copy in the prefix cache, which holds everything
+//! Where the model is sure, this costs a copy of the prompt's tokens and of the guide. A try costs one step and a copy in the prefix cache, which holds everything
 //! up to its beginning, and then a step for each token until it is complete or less likely than what it has to beat.
 //! The end of the turn is not weighed, only the other token that could have come in its place.
 
@@ -205,6 +205,8 @@ impl Search {
             }
         }
         let Some(best) = self.best else { return };
+        // A try that lost may still run.
+        self.tokens.cancel();
         let line = std::mem::take(&mut self.lines[best.line]);
         if best.line > 0 {
             metrics::counter!("electron_calls_replaced_total").increment(1);

@@ -1,6 +1,8 @@
 //! A real server with a real model, once a test program.
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
+pub mod torn;
+
 use std::sync::{Arc, LazyLock};
 
 use electron_gateway::{

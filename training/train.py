@@ -36,6 +36,8 @@ GENERAL = 384
 # A token of a call, and the first of each answer, with which it is decided what it will be, counts as much as so many of what
 # is said: there is one right call, and many right words.
 CALL = 4.0
+# A token of what is said of a result counts as much as so many: it has to state what is in there.
+RESULT = 3.0
 # A token of a tool's name counts as much as so many: the rest of a call follows from it.
 NAME = 12.0
 # Single requests that are made for one prompt; as many of them are learned from as fit into the longest conversation.
@@ -60,10 +62,10 @@ def render(gateway, base, records):
     assert len(rendered) == len(records)
     for r, record in zip(rendered, records, strict=True):
         r["group"] = record.get("group")
-        words = {turn["at"]: turn.get("words") for turn in record.get("turns", [])}
+        turns = {turn["at"]: turn for turn in record.get("turns", [])}
         said = [at for at, message in enumerate(record["messages"]) if message["role"] == "assistant"]
         for answer, at in zip(r["answers"], said, strict=True):
-            answer["words"] = words.get(at)
+            answer["turn"] = turns.get(at, {})
     # A prompt that the gateway takes for a voice agent's has to be one, and the other way round.
     fits = [
         r
@@ -148,11 +150,13 @@ class Marks:
         self.name = tokenizer.encode('{"name": "', add_special_tokens=False)
         self.behind = tokenizer.convert_tokens_to_ids('",')
 
-    def counts(self, answer, said):
-        """How much each token of an answer counts, by whose words are said before a call."""
+    def counts(self, answer, turn):
+        """How much each token of an answer counts, by what kind of turn it is and whose words are said before a call."""
+        said = turn.get("words")
         words = answer.index(self.call) if self.call in answer else len(answer)
         decided = min(words, 1)
-        counts = [CALL] * decided + [1.0] * (words - decided) + [CALL] * (len(answer) - words)
+        spoken = RESULT if turn.get("kind") == "answer" else 1.0
+        counts = [CALL] * decided + [spoken] * (words - decided) + [CALL] * (len(answer) - words)
         for at in range(words, len(answer)):
             begins = at + len(self.name)
             if answer[at:begins] == self.name:
@@ -182,7 +186,7 @@ def tensors(batch, marks):
             rows += [row] * (end - start)
             columns += range(start - 1, end - 1)
             targets += answer
-            counts += marks.counts(answer, told["words"])
+            counts += marks.counts(answer, told["turn"])
     given = {"input_ids": inputs, "position_ids": places, "use_cache": False}
     if branches.any():
         seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])

@@ -103,7 +103,7 @@ const KNOWN: [Known; 2] = [
                 include_bytes!("../../training/electron-nano/delta-1.safetensors"),
                 include_bytes!("../../training/electron-nano/delta-2.safetensors"),
             ],
-            sha256: "ec9645ded59208c89717d3575a099c20e2469251adc7edf98faec512b4ca4f5f",
+            sha256: "d58891468d5b7b104142f1ed42dacf3a3de007fa5c1b5d6913b665c5b9cba698",
         },
     },
     Known {

@@ -6,9 +6,10 @@
 //! close, what follows is held back. When the calls are complete, and one of those other beginnings alone is likelier than
 //! all of them, the engine goes on from there, and what it writes takes their place if it is likelier as a whole.
 //!
-//! Where the model is sure, this costs a copy of the prompt's tokens and of the guide. A try costs one step and a copy in the prefix cache, which holds everything
-//! up to its beginning, and then a step for each token until it is complete or less likely than what it has to beat.
-//! The end of the turn is not weighed, only the other token that could have come in its place.
+//! Where the model is sure, this costs a copy of the prompt's tokens and of the guide. A try costs one step and a copy in
+//! the prefix cache, which holds everything up to its beginning, and then a step for each token until it is complete or
+//! less likely than what it has to beat. The end of the turn is not weighed, only the other token that could have come in
+//! its place.
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 

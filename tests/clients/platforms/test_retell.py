@@ -9,7 +9,7 @@ import httpx
 import pytest
 import websockets
 from conftest import RETELL_SECRET, start, stop
-from retell import Retell
+from retell import WITHIN, Retell
 from websockets.sync.client import connect
 
 PROXY = "127.0.0.1/32"
@@ -452,30 +452,32 @@ def test_a_caller_who_is_silent_is_reminded(gateway):
 
 @contextlib.contextmanager
 def held(bot, path):
-    """The first call of a path is answered only when this is set."""
-    release = threading.Event()
+    """Holds the first call of a path. Gives what is set when it has arrived, and what releases it."""
+    arrived, release = threading.Event(), threading.Event()
     first = threading.Lock()
 
     def answer(_):
         if first.acquire(blocking=False):
+            arrived.set()
             release.wait(80)
             return 200, "application/json", b'{"status": "held"}'
         return 200, "application/json", b'{"status": "at once"}'
 
     bot.answers[path] = answer
     try:
-        yield release
+        yield arrived, release
     finally:
         release.set()
         del bot.answers[path]
 
 
 def test_a_caller_interrupts_while_a_tool_runs(gateway, bot):
-    with held(bot, "/slow"), ring(gateway, "slow") as retell:
+    with held(bot, "/slow") as (arrived, _), ring(gateway, "slow") as retell:
         retell.begins()
         retell.speaks(ORDER)
         first = retell.asks()
         call = retell.invoked()
+        assert arrived.wait(WITHIN), "the tool was not asked"
         retell.hears(first)
         retell.speaks("No, I meant the order 99.")
         second = retell.asks()
@@ -493,7 +495,7 @@ def test_a_caller_interrupts_while_a_tool_runs(gateway, bot):
 
 
 def test_a_tool_that_may_not_be_stopped_finishes(gateway, bot):
-    with held(bot, "/slow") as release, ring(gateway, "stubborn") as retell:
+    with held(bot, "/slow") as (_, release), ring(gateway, "stubborn") as retell:
         retell.begins()
         retell.speaks(ORDER)
         first = retell.asks()
@@ -618,7 +620,7 @@ def test_a_connection_that_was_lost_between_turns(gateway):
 
 
 def test_a_tool_answers_while_the_connection_is_lost(gateway, bot):
-    with held(bot, "/slow") as release, ring(gateway, "stubborn") as retell:
+    with held(bot, "/slow") as (_, release), ring(gateway, "stubborn") as retell:
         retell.begins()
         retell.speaks(ORDER)
         lost = retell.asks()
